@@ -1,0 +1,109 @@
+"""The `treelora` command: its sub-commands, and the one place where errors become exit codes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import warnings
+from typing import Annotated, NoReturn
+
+import typer
+
+from treelora_cli import __version__
+from treelora_cli.cli import builtin, tree
+from treelora_cli.cli.eval import evaluate
+from treelora_cli.cli.output import SCHEMA_VERSION, stderr
+from treelora_cli.cli.prepare import prepare
+from treelora_cli.cli.recipes import recipes
+from treelora_cli.cli.report import report
+from treelora_cli.cli.train_stream import train_stream
+from treelora_cli.errors import TreeloraError
+
+EPILOG = (
+    "Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 2 wrong usage or "
+    "recipe, 3 bad data or model, 4 run directory missing or damaged, 5 run directory busy, "
+    "6 something the machine lacks, 7 training diverged, 129/130/143 interrupted (resumable)."
+)
+
+app = typer.Typer(
+    name="treelora",
+    help="Teach a language model task after task with LoRA, without it forgetting.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("prepare")(prepare)
+app.command("train-stream")(train_stream)
+app.add_typer(tree.app, name="tree")
+app.command("eval")(evaluate)
+app.command("report")(report)
+app.command("recipes")(recipes)
+app.add_typer(builtin.app, name="builtin")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"treelora {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version."),
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show a traceback with every error.")
+    ] = False,
+) -> None:
+    """Options that stand before the command."""
+    if debug:
+        os.environ["TREELORA_DEBUG"] = "1"
+    logging.basicConfig(
+        level=logging.DEBUG if debug else logging.ERROR,
+        format="%(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    logging.getLogger("treelora").setLevel(logging.DEBUG if debug else logging.WARNING)
+    if not debug:
+        # Libraries warn their callers, that is us; a user of the command can do nothing about it.
+        warnings.simplefilter("ignore")
+
+
+def main() -> NoReturn:
+    """Run the command line and exit with the documented code."""
+    try:
+        app()
+    except TreeloraError as error:
+        _explain(error.message, error.hint, error.exit_code)
+        code = error.exit_code
+    except BrokenPipeError:
+        # The reader has seen enough (`| head`); nothing is wrong, and nothing more can be said.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except KeyboardInterrupt:
+        _explain("interrupted", "", 130)
+        code = 130
+    except Exception as error:
+        hint = "this is a fault in treelora; `treelora --debug ...` shows where"
+        _explain(f"{type(error).__name__}: {error}", hint, 1)
+        code = 1
+    else:
+        code = 0
+    sys.exit(code)
+
+
+def _explain(message: str, hint: str, code: int) -> None:
+    if os.environ.get("TREELORA_DEBUG"):
+        stderr().print_exception()
+    lines = f"error: {message}\n" + (f"hint: {hint}\n" if hint else "")
+    sys.stderr.write(lines)
+    if "--json" in sys.argv[1:]:
+        error = {"message": message, "hint": hint, "code": code}
+        document = {"schema_version": SCHEMA_VERSION, "kind": "error", "error": error}
+        sys.stdout.write(json.dumps(document, ensure_ascii=False) + "\n")

@@ -1,0 +1,33 @@
+"""Where output goes: results to stdout, everything said to people while working to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SCHEMA_VERSION = 1
+
+
+def stdout() -> Console:
+    """Return the console for results; colour only on a terminal, no cutting of piped lines."""
+    from rich.console import Console
+
+    return Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
+
+
+def stderr() -> Console:
+    """Return the console for progress, logs and errors."""
+    from rich.console import Console
+
+    return Console(stderr=True, soft_wrap=not sys.stderr.isatty(), highlight=False)
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """Write one JSON document with ``schema_version`` to stdout."""
+    body = {"schema_version": SCHEMA_VERSION, **document}
+    sys.stdout.write(json.dumps(body, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
+    sys.stdout.flush()

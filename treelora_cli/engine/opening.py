@@ -1,0 +1,157 @@
+"""Open or create a run directory for writing: load, compare with what was there, lock."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from treelora_cli.engine.environment import versions
+from treelora_cli.errors import DataError, UsageError
+from treelora_cli.methods.base import Method, build_method
+from treelora_cli.models.adapted import AdaptedModel
+from treelora_cli.models.backbone import Backbone, load_backbone
+from treelora_cli.models.forward import DECODING
+from treelora_cli.recipe import Recipe
+from treelora_cli.rundir.atomic import write_file
+from treelora_cli.rundir.layout import RunDir
+from treelora_cli.rundir.lock import RunLock
+from treelora_cli.rundir.runinfo import RunInfo
+from treelora_cli.tasks.load import limit_rows, load_tasks
+from treelora_cli.tasks.types import Task
+
+# The rows kept by data.train_rows and data.test_rows are the same for every seed of a run, so that
+# runs that differ in their seed are scored on the same questions.
+ROW_SEED = 0
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Everything a stream needs, with the lock held."""
+
+    run: RunDir
+    recipe: Recipe
+    tasks: list[Task]
+    adapted: AdaptedModel
+    method: Method
+
+
+def load_stream_tasks(recipe: Recipe, names: Sequence[str]) -> list[Task]:
+    """Load tasks with the recipe's row limits applied.
+
+    Raises:
+        UsageError: an unknown task.
+        DataError: rows that cannot be used.
+    """
+    data = recipe.data
+    train = _least(data.train_rows, recipe.limit)
+    test = _least(data.test_rows, recipe.limit)
+    folder = None if data.path is None else Path(data.path)
+    return [limit_rows(task, train, test, ROW_SEED) for task in load_tasks(names, folder)]
+
+
+def _least(*limits: int | None) -> int | None:
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+@contextmanager
+def open_for_training(recipe: Recipe, path: Path) -> Iterator[Opened]:
+    """Load data, model and method, then open or create the run directory and lock it.
+
+    A new run directory is made only when everything it needs has been loaded.
+
+    Args:
+        recipe: resolved; names all tasks of the run, old and new.
+        path: the run directory.
+
+    Raises:
+        TreeloraError: of the kind and exit code that fits what is wrong.
+    """
+    method = build_method(recipe)
+    exists = (path / "run.json").exists()
+    if exists:
+        RunDir.open(path)
+        with RunLock(path):
+            yield _load(recipe, path, method)
+        return
+    tasks = load_stream_tasks(recipe, recipe.stream.tasks)
+    adapted = _load_model(recipe)
+    with RunLock(path, create=True):
+        run = RunDir.create(path, _new_info(recipe, method, adapted.backbone), recipe.to_yaml())
+        _add_tasks(run, tasks)
+        yield Opened(run, recipe, tasks, adapted, method)
+
+
+def _load(recipe: Recipe, path: Path, method: Method) -> Opened:
+    run = RunDir.open(path)
+    run.sweep()
+    tasks = load_stream_tasks(recipe, recipe.stream.tasks)
+    _check_data(run, tasks)
+    adapted = _load_model(recipe)
+    check_base(run, adapted.backbone)
+    write_file(run.recipe_yaml, recipe.to_yaml())
+    _add_tasks(run, tasks)
+    return Opened(run, recipe, tasks, adapted, method)
+
+
+def _load_model(recipe: Recipe) -> AdaptedModel:
+    return AdaptedModel(load_backbone(recipe.model), recipe.lora, recipe.stream.seed)
+
+
+def check_base(run: RunDir, backbone: Backbone) -> None:
+    """Check that the base is the one the run was made with.
+
+    Raises:
+        UsageError: its weights are others.
+    """
+    if run.info.base_fingerprint != backbone.fingerprint:
+        raise UsageError(
+            f"the run was made with the base {run.info.model!r} "
+            f"({run.info.base_fingerprint[:23]}...), not with {backbone.name!r} "
+            f"({backbone.fingerprint[:23]}...)",
+            "give the run's own base with --model, or another --run-dir",
+        )
+
+
+def _check_data(run: RunDir, tasks: Sequence[Task]) -> None:
+    known = run.info.extra.get("data", {})
+    for task in tasks:
+        if known.get(task.name, task.fingerprint) != task.fingerprint:
+            raise DataError(
+                f"the rows of task {task.name} are not those the run was begun with",
+                "put the data back as they were, or give another --run-dir",
+            )
+
+
+def _new_info(recipe: Recipe, method: Method, backbone: Backbone) -> RunInfo:
+    return RunInfo(
+        method=method.name,
+        model=backbone.name,
+        base_fingerprint=backbone.fingerprint,
+        builtin_base=backbone.builtin,
+        builtin_data=recipe.data.path is None,
+        seed=recipe.stream.seed,
+        versions=versions(),
+        extra={"mode": method.mode, "decoding": DECODING, "data": {}},
+    )
+
+
+def _add_tasks(run: RunDir, tasks: Sequence[Task]) -> None:
+    for task in tasks[len(run.info.tasks) :]:
+        run.info.add_task(task.name, task.metric)
+        run.info.extra["data"][task.name] = task.fingerprint
+    run.info.extra["command"] = _command(run)
+    run.save_info()
+
+
+def _command(run: RunDir) -> list[str]:
+    """The command that repeats the run from its own recipe, wherever it is copied to."""
+    return [
+        "treelora",
+        "train-stream",
+        "--recipe",
+        str(run.recipe_yaml),
+        "--run-dir",
+        f"{run.path}-again",
+    ]

@@ -1,0 +1,73 @@
+"""The optimizer of one task, its learning-rate schedule, and its state as named tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from treelora_cli.errors import RunDirError
+from treelora_cli.recipe import OptimSection
+
+
+def build_optimizer(
+    parameters: Iterable[torch.nn.Parameter], section: OptimSection
+) -> torch.optim.AdamW:
+    """Return a new AdamW over the adapter's parameters."""
+    return torch.optim.AdamW(
+        list(parameters), lr=section.lr, betas=section.betas, weight_decay=section.weight_decay
+    )
+
+
+def learning_rate(section: OptimSection, step: int, steps: int) -> float:
+    """Return the learning rate of a step: linear warm-up, then the schedule's decay.
+
+    Args:
+        section: the recipe's ``optim`` section.
+        step: from 0.
+        steps: steps of the task.
+    """
+    if step < section.warmup_steps:
+        return section.lr * (step + 1) / section.warmup_steps
+    if section.schedule == "constant":
+        return section.lr
+    span = max(1, steps - section.warmup_steps)
+    done = min(1.0, (step - section.warmup_steps) / span)
+    left = 1 - done if section.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return section.lr * (section.final_lr + (1 - section.final_lr) * left)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the optimizer's state as ``<parameter number>.<field>`` tensors on the host."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{number}.{field}": torch.as_tensor(value).detach().cpu().clone()
+        for number, fields in state.items()
+        for field, value in fields.items()
+    }
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put back what :func:`optimizer_tensors` returned.
+
+    Raises:
+        RunDirError: the tensors are not those of this optimizer's parameters.
+    """
+    document = optimizer.state_dict()
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        number, _, field = key.partition(".")
+        state.setdefault(int(number), {})[field] = value
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    fits = all(
+        number < len(parameters) and fields["exp_avg"].shape == parameters[number].shape
+        for number, fields in state.items()
+    )
+    if not fits:
+        raise RunDirError(
+            "the checkpoint's optimizer state does not fit the adapter",
+            "was the run made with other lora settings? start a new run directory",
+        )
+    optimizer.load_state_dict({**document, "state": state})

@@ -1,0 +1,300 @@
+"""The stream loop: before, train, commit, score, one task after the other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from treelora_cli.engine.batches import BatchPlan
+from treelora_cli.engine.evaluation import BASE, Asked, Evaluator, build_encoder
+from treelora_cli.engine.opening import Opened, open_for_training
+from treelora_cli.engine.seeds import derive
+from treelora_cli.engine.signals import StopFlag
+from treelora_cli.engine.store import load_adapter, load_stored, save_task, snapshot_hash
+from treelora_cli.engine.training import StepResult, TaskTrainer
+from treelora_cli.errors import Interrupted, RunDirError, TreeloraError
+from treelora_cli.methods.base import StreamContext, TaskContext
+from treelora_cli.models.encode import Example
+from treelora_cli.recipe import Recipe
+from treelora_cli.rundir import checkpoints
+from treelora_cli.rundir.atomic import committed, write_json
+from treelora_cli.rundir.events import EventLog
+from treelora_cli.rundir.scores import Scores
+from treelora_cli.tasks.metrics import constant_score
+from treelora_cli.tasks.types import Task
+
+Show = Callable[[dict[str, Any]], None]
+
+
+def run_stream(recipe: Recipe, path: Path, show: Show) -> None:
+    """Train and score a stream, going on from whatever the run directory already holds.
+
+    Args:
+        recipe: resolved, see :func:`treelora_cli.engine.plan.resolve_recipe`.
+        path: the run directory, existing or not.
+        show: told of every event, as it is written to events.jsonl.
+
+    Raises:
+        TreeloraError: of the kind and exit code that fits what is wrong; what was finished before
+            is kept, and an interrupted run goes on when called again.
+    """
+    with StopFlag() as stop, open_for_training(recipe, path) as opened:
+        _Stream(opened, stop, show).run()
+
+
+class _Stream:
+    """One call of ``train-stream`` on a locked run directory."""
+
+    def __init__(self, opened: Opened, stop: StopFlag, show: Show) -> None:
+        self.run_dir = opened.run
+        self.recipe = opened.recipe
+        self.tasks = opened.tasks
+        self.adapted = opened.adapted
+        self.method = opened.method
+        self.stop = stop
+        self.show = show
+        self.log = EventLog(opened.run.events)
+        self.resume_hint = f"go on with: treelora train-stream --run-dir {opened.run.path}"
+        self.evaluator = Evaluator(
+            adapted=opened.adapted,
+            data=opened.recipe.data,
+            batch_size=opened.recipe.eval.batch_size,
+            run=opened.run,
+            scores=Scores.load(opened.run.scores),
+            limited=opened.recipe.limit is not None,
+            emit=self.emit,
+            stop=stop,
+        )
+
+    def emit(self, kind: str, fields: dict[str, Any]) -> None:
+        """Log an event and show it."""
+        self.show(self.log.append(kind, sync=kind != "step", **fields))
+
+    def run(self) -> None:
+        """Go through the stream; the run's status always tells how it ended."""
+        info = self.run_dir.info
+        info.status = "running"
+        self.run_dir.save_info()
+        names = [task.name for task in self.tasks]
+        todo = [entry["name"] for entry in info.tasks if entry["status"] != "finished"]
+        self.emit("run_started", self._run_facts() | {"tasks": names, "todo": todo})
+        try:
+            first = self._take_up()
+            for index, task in enumerate(self.tasks):
+                self._one_task(index, task, trained=index < first)
+        except Interrupted as error:
+            info.status = "interrupted"
+            self.run_dir.save_info()
+            self.emit("interrupted", {"signal": error.signum})
+            raise Interrupted(error.signum, error.message, self.resume_hint) from None
+        except TreeloraError as error:
+            info.status = "failed"
+            self.run_dir.save_info()
+            self.emit("failed", {"error": error.message})
+            raise
+        info.status = "finished"
+        self.run_dir.save_info()
+        self.emit("run_finished", {"tasks": names})
+
+    def _run_facts(self) -> dict[str, Any]:
+        info = self.run_dir.info
+        return {
+            "method": info.method,
+            "model": info.model,
+            "builtin_base": info.builtin_base,
+            "builtin_data": info.builtin_data,
+            "trainable_parameters": self.adapted.trainable_count(),
+            "run_dir": str(self.run_dir.path),
+        }
+
+    def _take_up(self) -> int:
+        """Restore the method and the adapter from finished tasks; return how many there are."""
+        recipe = self.recipe
+        self.method.start(
+            StreamContext(recipe.stream.seed, recipe.bandit, recipe.tree), self.adapted
+        )
+        places = [(index, task.name) for index, task in enumerate(self.tasks)]
+        done = [place for place in places if committed(self.run_dir.task_dir(*place)) is not None]
+        if done != places[: len(done)]:
+            missing = places[[place in done for place in places].index(False)][1]
+            raise RunDirError(
+                f"the folder of task {missing} is gone, but later tasks are there",
+                "put it back from a copy, or start a new run directory",
+            )
+        stored = [load_stored(self.run_dir, *place) for place in done]
+        self.method.restore(stored)
+        if stored:
+            self.adapted.restore(load_adapter(self.run_dir, *done[-1]))
+            tree = stored[-1].memory.tree
+            if tree is not None:
+                write_json(self.run_dir.tree_json, tree.document)
+        return len(done)
+
+    def _one_task(self, index: int, task: Task, *, trained: bool) -> None:
+        entry = self.run_dir.info.tasks[index]
+        if entry["status"] == "finished":
+            return
+        began = time.perf_counter()
+        train_seconds = 0.0
+        if not trained:
+            self._score_before(index, task)
+            began_training = time.perf_counter()
+            train_seconds = self._train(index, task)
+            began += time.perf_counter() - began_training
+        self._score_after(index)
+        self._set_status(index, "finished")
+        seconds = {"train": train_seconds, "evaluate": time.perf_counter() - began}
+        if trained:
+            del seconds["train"]
+        self.emit("task_finished", {"task": task.name, "index": index, "seconds": seconds})
+
+    def _set_status(self, index: int, status: str) -> None:
+        self.run_dir.info.tasks[index]["status"] = status
+        self.run_dir.save_info()
+
+    def _place(self, index: int) -> tuple[int, str]:
+        return index, self.tasks[index].name
+
+    def _score_before(self, index: int, task: Task) -> None:
+        """The zero-shot cell, and the cell just before training (both for FWT)."""
+        plan = self.recipe.eval
+        if plan.when == "none":
+            return
+        if plan.zero_shot:
+            base = self.run_dir.info.base_fingerprint
+            self.evaluator.cell(Asked(None, task, BASE, base))
+        if plan.before and plan.when == "all" and index > 0 and self.method.mode == "latest":
+            previous = self._place(index - 1)
+            self.evaluator.cell(
+                Asked(previous[1], task, "latest", self._live_hash(), previous)
+            )
+
+    def _live_hash(self) -> str:
+        return snapshot_hash(self.adapted.snapshot())
+
+    def _score_after(self, index: int) -> None:
+        """The row of the score matrix after a task: all tasks so far, or its own cell."""
+        when = self.recipe.eval.when
+        if when == "none" or (when == "last" and index < len(self.tasks) - 1):
+            return
+        place = self._place(index)
+        if self.method.mode == "own":
+            asked = range(index + 1) if when == "last" else range(index, index + 1)
+            for column in asked:
+                self._score_own(column)
+            return
+        answering = self._live_hash()
+        for column in range(index + 1):
+            task = self.tasks[column]
+            self.evaluator.cell(Asked(place[1], task, "latest", answering, place))
+
+    def _score_own(self, index: int) -> None:
+        """An own adapter does not change with later tasks: one cell holds for all of them."""
+        place = self._place(index)
+        snapshot = load_adapter(self.run_dir, *place)
+        live = self.adapted.snapshot()
+        self.adapted.restore(snapshot)
+        try:
+            self.evaluator.cell(
+                Asked(place[1], self.tasks[index], "own", snapshot_hash(snapshot), place)
+            )
+        finally:
+            self.adapted.restore(live)
+
+    def _train(self, index: int, task: Task) -> float:
+        """Train one task from its start or its last checkpoint and commit it; return seconds."""
+        optim = self.recipe.optim
+        epochs = self.recipe.epochs_of(task.name)
+        seed = derive(self.recipe.stream.seed, "task", index, task.name)
+        examples = self._encode(task)
+        plan = BatchPlan(len(examples), optim.batch_size, epochs, seed)
+        context = TaskContext(index, task.name, plan.steps, plan.steps_per_epoch, seed)
+        self._set_status(index, "training")
+        self.method.begin_task(context)
+        trainer = TaskTrainer(self.adapted, self.method, context, examples, plan, optim)
+        self._resume(trainer)
+        facts = {
+            "task": task.name,
+            "index": index,
+            "of": len(self.tasks),
+            "steps": plan.steps,
+            "epochs": epochs,
+            "rows": len(examples),
+            "truncated": sum(example.truncated for example in examples),
+            "from_step": trainer.step,
+            "synthetic": task.synthetic,
+        }
+        self.emit("task_started", facts)
+        trainer.run(lambda result: self._after_step(trainer, result))
+        memory = self.method.end_task(context)
+        document = self._task_document(task, trainer, epochs)
+        save_task(self.run_dir, self.adapted, document, memory)
+        self._set_status(index, "trained")
+        checkpoints.clear(self.run_dir)
+        return trainer.seconds
+
+    def _encode(self, task: Task) -> list[Example]:
+        encoder = build_encoder(self.adapted, self.recipe.data, task)
+        return [
+            encoder.example(row.prompt, row.answer, task.separator) for row in task.splits["train"]
+        ]
+
+    def _resume(self, trainer: TaskTrainer) -> None:
+        found = checkpoints.newest(self.run_dir)
+        if found is None:
+            return
+        if found.meta.get("index") == trainer.task.index and found.step < trainer.plan.steps:
+            trainer.resume(found.tensors, found.meta)
+            self.emit("resumed", {"task": trainer.task.name, "step": trainer.step})
+
+    def _after_step(self, trainer: TaskTrainer, result: StepResult) -> None:
+        self.emit(
+            "step",
+            {
+                "task": trainer.task.name,
+                "step": trainer.step,
+                "of": trainer.plan.steps,
+                "epoch": trainer.plan.epoch_of(trainer.step - 1),
+                "loss": result.loss,
+                "penalty": result.penalty,
+                "lr": result.lr,
+                "tokens": result.tokens,
+                "tokens_per_second": round(trainer.tokens / max(trainer.seconds, 1e-9)),
+                **result.info,
+            },
+        )
+        asked_to_stop = self.stop.signum is not None
+        due = trainer.step % self.recipe.stream.checkpoint_steps == 0
+        if (asked_to_stop or due) and trainer.step < trainer.plan.steps:
+            tensors, values = trainer.checkpoint()
+            checkpoints.save(self.run_dir, trainer.step, tensors, values)
+            self.emit("checkpoint", {"task": trainer.task.name, "step": trainer.step})
+        if trainer.step < trainer.plan.steps:
+            self.stop.raise_if_set(
+                f"stopped in task {trainer.task.name} after step {trainer.step} of "
+                f"{trainer.plan.steps}; the state is saved in {self.run_dir.path}"
+            )
+
+    def _task_document(self, task: Task, trainer: TaskTrainer, epochs: int) -> dict[str, Any]:
+        index = trainer.task.index
+        return {
+            "index": index,
+            "name": task.name,
+            "metric": task.metric,
+            "language": task.language,
+            "labels": list(task.labels) if task.labels else None,
+            "synthetic": task.synthetic,
+            "source": task.source,
+            "steps": trainer.plan.steps,
+            "epochs": epochs,
+            "train_rows": len(trainer.examples),
+            "seed": trainer.task.seed,
+            "data_fingerprint": task.fingerprint,
+            "answers_with": ["adapter"],
+            "seconds": {"train": round(trainer.seconds, 3)},
+            "chance": constant_score(task, "test"),
+            "trainable_parameters": self.adapted.trainable_count(),
+            "tokens": trainer.tokens,
+        }

@@ -1,0 +1,171 @@
+"""What every method is: a few hooks that the engine calls around one task's training.
+
+The engine knows no method by name. A method chooses how the adapter starts, may add a penalty to
+the loss or change gradients, and says what to store when a task ends and which adapter answers.
+"""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from pydantic import ValidationError
+from torch import Tensor
+
+from treelora_cli.models.adapted import AdaptedModel
+from treelora_cli.recipe import BanditSection, Recipe, Section, TreeSection, validation_problem
+
+Need = Literal["penalty", "gradients", "weights"]
+Mode = Literal["latest", "own"]
+
+
+class Settings(Section):
+    """A method's own settings in the recipe's ``method`` section; none by default."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamContext:
+    """What a method may know of the stream before any task.
+
+    Attributes:
+        seed: the run's seed.
+        bandit: the recipe's ``bandit`` section.
+        tree: the recipe's ``tree`` section.
+    """
+
+    seed: int
+    bandit: BanditSection
+    tree: TreeSection
+
+
+@dataclass(frozen=True, slots=True)
+class TaskContext:
+    """The task about to be trained.
+
+    Attributes:
+        index: its place in the stream, from 0.
+        name: its name.
+        steps: optimizer steps it will be trained for.
+        steps_per_epoch: optimizer steps in one pass over its rows.
+        seed: differs between tasks; the same whenever this task is trained in this run.
+    """
+
+    index: int
+    name: str
+    steps: int
+    steps_per_epoch: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepContext:
+    """One optimizer step.
+
+    Attributes:
+        step: from 0, over all epochs of the task.
+        loss: the task loss, a detached float32 scalar (mean over answer tokens).
+    """
+
+    step: int
+    loss: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TreeRecord:
+    """The gradient tree after a task, and the tensors that this task adds to it."""
+
+    document: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class TaskMemory:
+    """What a method wants kept of a finished task, beside the adapter.
+
+    Attributes:
+        tensors: stored with the task as safetensors.
+        info: JSON values, shown in reports.
+        tree: the tree after this task, for methods that grow one.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
+    tree: TreeRecord | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTask:
+    """A finished task as read back from the run directory, in stream order."""
+
+    index: int
+    name: str
+    memory: TaskMemory
+
+
+class Method(ABC):
+    """A continual-learning method.
+
+    Attributes:
+        name: as written in recipes and on the command line.
+        needs: what it asks of a training step; an engine that cannot give it refuses at start.
+        mode: whose adapter answers when scores are taken: ``latest``, or each task's ``own``.
+        Settings: its own settings.
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    mode: ClassVar[Mode] = "latest"
+    Settings: ClassVar[type[Settings]] = Settings
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    def start(self, stream: StreamContext, model: AdaptedModel) -> None:
+        """Meet the model; called once, before any task."""
+        self.stream = stream
+        self.model = model
+
+    def restore(self, finished: Sequence[StoredTask]) -> None:
+        """Take up what earlier tasks left, after a resume or when a stream is extended."""
+
+    def begin_task(self, task: TaskContext) -> None:
+        """Choose how the adapter starts. The default goes on from the last task's weights."""
+
+    def penalty(self, step: StepContext) -> Tensor | None:
+        """Return a scalar to add to the task loss, or None; called once an optimizer step."""
+        return None
+
+    def after_backward(self, step: StepContext) -> None:
+        """Change gradients, before clipping; called once an optimizer step."""
+
+    def after_step(self, step: StepContext) -> dict[str, Any]:
+        """Observe the new weights; what is returned goes into the step's event."""
+        return {}
+
+    def end_task(self, task: TaskContext) -> TaskMemory:
+        """Say what to keep of the finished task, and remember it for the next one."""
+        return TaskMemory()
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return what a checkpoint inside the task needs: tensors and JSON values."""
+        return {}, {}
+
+    def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Take up a checkpoint's state; called after ``begin_task``."""
+
+
+def build_method(recipe: Recipe) -> Method:
+    """Return the recipe's method with its settings checked.
+
+    Raises:
+        UsageError: unknown method, or a setting it does not have or does not accept.
+    """
+    from treelora_cli.methods import registry
+
+    kind = registry().get(recipe.method.name)
+    try:
+        return kind(kind.Settings.model_validate(recipe.method.settings))
+    except ValidationError as error:
+        raise validation_problem(error, kind.Settings, f"method {kind.name}") from None

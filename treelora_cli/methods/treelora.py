@@ -1,0 +1,279 @@
+"""TreeLoRA: LoRA guided by a tree of task similarities, searched with a lower-confidence bound.
+
+Source: Qian, Xie, Zhang, Zhao, Zhou: TreeLoRA (ICML 2025, arXiv 2506.10355), Eq. 1-3 and
+Algorithm 1, made well-formed: the paper compares gradients of the live model under stored models,
+the released code compares weights. Which of them is compared here is ``signature``.
+
+Per optimizer step, from the second task on: a bandit walks the tree of earlier tasks to one of
+them (Eq. 2), the distance xi of the live signature to its signature is the feedback, and an L1
+penalty pulls the live signature toward the chosen path (Eq. 3).
+Stored per task: the adapter, its signature [F] and the mean displacement of every block [D].
+Cost per step: O(F) for one signature, O(depth) for the search, whatever the number of tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from treelora_cli.errors import RunDirError
+from treelora_cli.methods.base import (
+    Method,
+    Settings,
+    StepContext,
+    StoredTask,
+    StreamContext,
+    TaskContext,
+    TaskMemory,
+    TreeRecord,
+)
+from treelora_cli.models.adapted import AdaptedModel
+from treelora_cli.tree.build import update_tree
+from treelora_cli.tree.nodes import GradientTree
+from treelora_cli.tree.penalty import (
+    PathTargets,
+    block_weights,
+    expand,
+    l1_penalty,
+    ramp_value,
+    sign_gradient,
+)
+from treelora_cli.tree.scopes import ScopedSearch, make_search
+from treelora_cli.tree.serial import from_document, from_tensors, to_document, to_tensors
+from treelora_cli.tree.signatures import SignatureBank, block_means
+
+
+class TreeLoraSettings(Settings):
+    """What the recipe's ``method`` section may say for TreeLoRA.
+
+    Under ``signature: lora_a`` distances favour the most recent task, because weights go on from
+    task to task and drift; ``lora_delta`` compares what each task changed.
+    """
+
+    strength: Annotated[float, Field(ge=0)] = Field(
+        0.5, alias="lambda", description="weight of the penalty, the same on every backbone"
+    )
+    ramp: Literal["task", "epoch", "none"] = Field(
+        "task", description="how the penalty grows: over the task, over each epoch, not at all"
+    )
+    target: Literal["path", "leaf"] = Field(
+        "path", description="pulled toward the means along the chosen path, or the task's own"
+    )
+    signature: Literal["lora_a", "lora_delta", "gradient"] = Field(
+        "lora_a", description="live weights, their change within the task, or the mean gradient"
+    )
+    factors: Literal["A", "AB"] = Field("A", description="LoRA matrices that make the signature")
+
+
+class _Guide:
+    """What guides one task: search, targets and weights, all fixed when the task begins."""
+
+    def __init__(
+        self,
+        bank: SignatureBank,
+        tree: GradientTree,
+        search: ScopedSearch,
+        settings: TreeLoraSettings,
+        device: torch.device,
+    ) -> None:
+        self.bank = bank
+        self.search = search
+        self.scales = bank.scales()
+        self.targets = PathTargets(tree, bank, settings.target)
+        weights = block_weights(settings.strength, 1.0, bank.widths, bank.displacement_scale())
+        self.weights = expand(weights, bank.widths).to(device)
+
+    def pull(self, signature: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """Choose a task, observe its distance and learn from it.
+
+        Args:
+            signature: [F], the live one, detached.
+
+        Returns:
+            The penalty's target, [F] on the signature's device, and what the event shows.
+        """
+        arms = self.search.choose(lambda: self.bank.scaled_distances(signature, self.scales))
+        xis = self.bank.pull(signature, arms, self.scales).tolist()
+        self.search.update(arms, xis)
+        return self.targets.of_arms(arms).to(signature.device), {"arms": list(arms), "xi": xis}
+
+
+class TreeLora(Method):
+    """Adapter goes on from task to task, pulled toward the most similar earlier tasks."""
+
+    name = "treelora"
+    # `gradient` signatures need gradients too; the engine's choice of processes asks for both.
+    needs = frozenset({"penalty", "gradients"})
+    Settings = TreeLoraSettings
+    settings: TreeLoraSettings
+
+    def start(self, stream: StreamContext, model: AdaptedModel) -> None:
+        """Begin with an empty tree."""
+        super().start(stream, model)
+        self.parameters = model.signature_parameters(self.settings.factors)
+        self.bank = SignatureBank.empty(model.block_widths(self.settings.factors))
+        self.tree: GradientTree | None = None
+        self.guide: _Guide | None = None
+        self.origin = self._weights()
+        self.mean_gradient = torch.zeros_like(self.origin)
+        self.gradients = 0
+        self.observed: dict[str, Any] = {}
+
+    def restore(self, finished: Sequence[StoredTask]) -> None:
+        """Read the tree and all signatures back.
+
+        Raises:
+            RunDirError: a task's tree is missing or is not one of this model.
+        """
+        banks = []
+        for task in finished:
+            record = task.memory.tree
+            if record is None:
+                raise RunDirError(
+                    f"task {task.name} has no tree in the run directory",
+                    "put tree/history back, or start a new run",
+                )
+            banks.append(from_tensors(record.tensors, [task.name]))
+            self.tree = from_document(record.document)
+        if not banks:
+            return
+        if any(bank.widths != self.bank.widths for bank in banks):
+            raise RunDirError(
+                "the stored signatures are not of this model's shape", "use the run's own base"
+            )
+        self.bank = SignatureBank(
+            tuple(name for bank in banks for name in bank.names),
+            torch.cat([bank.values for bank in banks]),
+            self.bank.widths,
+            torch.cat([bank.displacements for bank in banks]),
+        )
+
+    def begin_task(self, task: TaskContext) -> None:
+        """Fix the scales and start the bandit anew; the adapter goes on from where it was."""
+        self.task = task
+        self.origin = self._weights()
+        self.mean_gradient = torch.zeros_like(self.origin)
+        self.gradients = 0
+        self.observed = {}
+        self.guide = None
+        if self.tree is not None:
+            self.guide = _Guide(self.bank, self.tree, self._new_search(), self.settings, self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the adapter lives."""
+        return self.model.device
+
+    def _new_search(self) -> ScopedSearch:
+        if self.tree is None:
+            raise RuntimeError("there is nothing to search before the first task has ended")
+        bandit = self.stream.bandit
+        return make_search(
+            bandit.search,
+            self.tree,
+            self.bank,
+            scope=bandit.scope,
+            c=bandit.c,
+            delta=bandit.delta,
+            seed=self.task.seed,
+        )
+
+    def _weights(self) -> Tensor:
+        return torch.cat([p.detach().reshape(-1) for p in self.parameters]).float()
+
+    def penalty(self, step: StepContext) -> Tensor | None:
+        """L1 distance of the live weights to the chosen path; None where gradients are compared.
+
+        Raises:
+            DivergedError: the weights are no longer finite.
+        """
+        if self.guide is None or self.settings.signature == "gradient":
+            return None
+        live = torch.cat([p.reshape(-1) for p in self.parameters]).float()
+        if self.settings.signature == "lora_delta":
+            live = live - self.origin
+        target, self.observed = self.guide.pull(live.detach())
+        return l1_penalty(live, target, self.guide.weights * self._ramp(step))
+
+    def _ramp(self, step: StepContext) -> float:
+        task = self.task
+        return ramp_value(self.settings.ramp, step.step, task.steps, task.steps_per_epoch)
+
+    def after_backward(self, step: StepContext) -> None:
+        """For gradient signatures: update the running mean and add Eq. 3's term to the gradient.
+
+        The signature is detached, so the penalty has no usable first derivative; its gradient is
+        taken as weight * sign(mean gradient - target), which sets the Hessian to the identity.
+        """
+        if self.settings.signature != "gradient":
+            return
+        gradient = torch.cat([_gradient(p).reshape(-1) for p in self.parameters]).float()
+        self.gradients += 1
+        self.mean_gradient += (gradient - self.mean_gradient) / self.gradients
+        if self.guide is None:
+            return
+        target, self.observed = self.guide.pull(self.mean_gradient)
+        weights = self.guide.weights * self._ramp(step)
+        change = sign_gradient(self.mean_gradient, target, weights)
+        at = 0
+        for parameter in self.parameters:
+            part = change[at : at + parameter.numel()].view_as(parameter)
+            parameter.grad = _gradient(parameter) + part.to(parameter.dtype)
+            at += parameter.numel()
+
+    def after_step(self, step: StepContext) -> dict[str, Any]:
+        """Report the arms pulled and their distances."""
+        return self.observed
+
+    def end_task(self, task: TaskContext) -> TaskMemory:
+        """Add the task to the tree.
+
+        Raises:
+            DivergedError: the signature is not finite.
+        """
+        moved = self._weights() - self.origin
+        signature = {
+            "lora_a": self.origin + moved,
+            "lora_delta": moved,
+            "gradient": self.mean_gradient,
+        }[self.settings.signature]
+        displacement = block_means(moved.abs(), self.bank.widths)
+        alone = SignatureBank.empty(self.bank.widths).add(task.name, signature, displacement)
+        self.bank = self.bank.add(task.name, signature, displacement)
+        tree = self.stream.tree
+        self.tree = update_tree(
+            self.tree, self.bank, split=tree.split, block_rule=tree.block, rebuild=tree.rebuild
+        )
+        document = to_document(
+            self.tree, self.bank, self.settings.signature, self.settings.factors
+        )
+        info = {} if self.guide is None else {"bandit": self.guide.search.statistics()}
+        return TaskMemory(info=info, tree=TreeRecord(document, to_tensors(alone)))
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return where the task began, the running mean and the bandit's statistics."""
+        tensors = {"origin": self.origin.cpu(), "mean_gradient": self.mean_gradient.cpu()}
+        values: dict[str, Any] = {"gradients": self.gradients}
+        if self.guide is not None:
+            values["search"] = self.guide.search.state()
+        return tensors, values
+
+    def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Take up a checkpoint.
+
+        Raises:
+            RunDirError: the bandit's state belongs to another search.
+        """
+        self.origin = tensors["origin"].to(self.device)
+        self.mean_gradient = tensors["mean_gradient"].to(self.device)
+        self.gradients = int(values["gradients"])
+        if self.guide is not None:
+            self.guide.search.load_state(values["search"])
+
+
+def _gradient(parameter: torch.nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

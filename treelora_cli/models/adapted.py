@@ -1,0 +1,157 @@
+"""A backbone that carries one live LoRA adapter, seen as blocks in depth order.
+
+The adapter is PEFT's own; only its public interface is used. Inside PEFT the live adapter is always
+called ``t000``, never a user's text, because PEFT drops tensors whose adapter name equals a part of
+a module's path (peft#3584).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor
+
+from treelora_cli.errors import UsageError
+from treelora_cli.models.backbone import Backbone
+from treelora_cli.recipe import LoraSection
+
+SLOT = "t000"
+Factors = Literal["A", "AB"]
+Snapshot = dict[str, Tensor]
+"""An adapter's tensors by PEFT's saved key, float32 on the host."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A transformer layer with its adapted modules.
+
+    Attributes:
+        depth: 0 is the layer nearest the input.
+        A: the down-projections, each [rank, d_in].
+        B: the up-projections, each [d_out, rank].
+    """
+
+    depth: int
+    A: tuple[torch.nn.Parameter, ...]
+    B: tuple[torch.nn.Parameter, ...]
+
+    def parameters(self, factors: Factors) -> tuple[torch.nn.Parameter, ...]:
+        """Return the block's A matrices, or its A then its B matrices."""
+        return self.A if factors == "A" else self.A + self.B
+
+
+class AdaptedModel:
+    """A backbone with a LoRA adapter on it.
+
+    Args:
+        backbone: the frozen model.
+        lora: rank, scale, dropout and target modules.
+        seed: decides the start of A; B starts at zero.
+
+    Raises:
+        UsageError: no module of the model matches the targets.
+    """
+
+    def __init__(self, backbone: Backbone, lora: LoraSection, seed: int) -> None:
+        self.backbone = backbone
+        config = LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=_targets(lora),
+            bias="none",
+            task_type="CAUSAL_LM",
+        )
+        torch.manual_seed(seed)
+        try:
+            self.peft: Any = get_peft_model(backbone.model, config, adapter_name=SLOT)
+        except ValueError as error:
+            raise UsageError(
+                f"lora.targets: {str(error).splitlines()[0]}",
+                "list module names of the model, or use lora.targets=all-linear",
+            ) from None
+        self.peft.eval()
+        self.blocks = _blocks(self.peft)
+        self._initial = self.snapshot()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        return self.backbone.device
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """Return the trainable parameters, in the model's order."""
+        return [parameter for parameter in self.peft.parameters() if parameter.requires_grad]
+
+    def trainable_count(self) -> int:
+        """Return the number of trainable entries."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def config_document(self) -> dict[str, Any]:
+        """Return the content of PEFT's adapter_config.json, with sets in a stable order."""
+        live = self.peft.peft_config[SLOT].to_dict()
+        plain = {
+            key: sorted(value) if isinstance(value, set) else value for key, value in live.items()
+        }
+        plain["base_model_name_or_path"] = self.backbone.name
+        plain["inference_mode"] = True
+        return plain
+
+    def snapshot(self) -> Snapshot:
+        """Copy the live adapter to the host, keyed as PEFT saves it."""
+        state = get_peft_model_state_dict(self.peft, adapter_name=SLOT)
+        return {key: value.detach().to("cpu", torch.float32).clone() for key, value in state.items()}
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Put a snapshot's weights into the live adapter.
+
+        Raises:
+            UsageError: its keys or shapes are not those of this model and these LoRA settings.
+        """
+        own = {key: value.shape for key, value in self._initial.items()}
+        theirs = {key: value.shape for key, value in snapshot.items()}
+        if own != theirs:
+            odd = sorted(set(own.items()) ^ set(theirs.items()))[0][0]
+            raise UsageError(
+                f"the stored adapter does not fit this model: tensor {odd!r} differs",
+                "use the base and the lora settings that the run was made with",
+            )
+        set_peft_model_state_dict(self.peft, snapshot, adapter_name=SLOT)
+
+    def reset(self) -> None:
+        """Return the live adapter to its seeded start: A as drawn once, B zero."""
+        self.restore(self._initial)
+
+    def signature_parameters(self, factors: Factors) -> list[torch.nn.Parameter]:
+        """Return the parameters a signature reads, block by block in depth order."""
+        return [p for block in self.blocks for p in block.parameters(factors)]
+
+    def block_widths(self, factors: Factors) -> tuple[int, ...]:
+        """Return the number of signature entries of every block."""
+        return tuple(sum(p.numel() for p in block.parameters(factors)) for block in self.blocks)
+
+
+def _targets(lora: LoraSection) -> str | list[str] | None:
+    if lora.targets == "auto":
+        return None
+    return lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+
+
+def _blocks(peft_model: Any) -> list[Block]:
+    """Group the adapter's parameters by the layer number in their module path."""
+    found: dict[int, tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]] = {}
+    for name, parameter in peft_model.named_parameters():
+        kind = re.search(r"\.lora_([AB])\.", name)
+        if kind is None:
+            continue
+        layer = re.search(r"\.(\d+)\.", name)
+        depth = int(layer.group(1)) if layer else 0
+        found.setdefault(depth, ([], []))[kind.group(1) == "B"].append(parameter)
+    return [
+        Block(depth, tuple(A), tuple(B))
+        for depth, (_, (A, B)) in enumerate(sorted(found.items()))
+    ]

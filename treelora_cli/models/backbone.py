@@ -1,0 +1,221 @@
+"""Load a frozen causal language model and its tokenizer, local or from the hub."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from treelora_cli.errors import DataError, EnvironmentProblem
+from treelora_cli.recipe import ModelSection
+
+BUILTIN = Path(__file__).resolve().parent / "builtin"
+BUILTIN_NAME = "built-in base"
+SAMPLE_BYTES = 1 << 20
+HASH_WHOLE_BELOW = 1 << 28
+
+logger = logging.getLogger("treelora")
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A frozen pre-trained model, ready to carry an adapter.
+
+    Attributes:
+        model: the transformers model, in evaluation mode, no parameter trainable.
+        tokenizer: its tokenizer, with a pad token.
+        name: what the user called it; ``built-in base`` for the one that comes along.
+        fingerprint: identifies the weights; see :func:`fingerprint`.
+        builtin: True for the built-in, synthetic base.
+        device: where the model lives.
+    """
+
+    model: Any
+    tokenizer: Any
+    name: str
+    fingerprint: str
+    builtin: bool
+    device: torch.device
+
+    @property
+    def positions(self) -> int | None:
+        """The longest sequence the model takes, in tokens, or None if it does not say."""
+        found = getattr(self.model.config, "max_position_embeddings", None)
+        return int(found) if found else None
+
+
+def load_backbone(section: ModelSection) -> Backbone:
+    """Load the backbone a recipe names; remote code is never run and only safetensors are read.
+
+    Raises:
+        DataError: no such model, no weights, or an architecture that is no causal language model.
+        EnvironmentProblem: the device or the attention package is missing.
+    """
+    transformers_logging.disable_progress_bar()
+    device = choose_device(section.device)
+    dtype = choose_dtype(section.dtype, device)
+    source = section.name or str(BUILTIN)
+    _check_folder(source)
+    options = {"revision": section.revision} if section.revision else {}
+    attention = choose_attention(section.attention, device, dtype)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **options,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
+    except ImportError as error:
+        raise EnvironmentProblem(
+            f"model {source!r} needs a missing package: {_one_line(error)}", "install it"
+        ) from None
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError and more
+        raise DataError(
+            f"model {source!r} cannot be loaded: {_one_line(error)}",
+            "give a hub id or a folder with config.json, *.safetensors and a tokenizer",
+        ) from None
+    model.requires_grad_(False)
+    model.eval()
+    model.to(device)
+    _ensure_pad_token(tokenizer)
+    return Backbone(
+        model=model,
+        tokenizer=tokenizer,
+        name=section.name or BUILTIN_NAME,
+        fingerprint=fingerprint(source, model),
+        builtin=section.name is None,
+        device=device,
+    )
+
+
+def choose_device(wanted: str) -> torch.device:
+    """Return the device to run on; ``auto`` takes the first CUDA device if there is one.
+
+    Raises:
+        EnvironmentProblem: the device named is unknown or absent.
+    """
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise EnvironmentProblem(f"unknown device {wanted!r}", "use auto, cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentProblem(
+            f"device {wanted!r} asked for, but torch sees no CUDA device", "use model.device=cpu"
+        )
+    return device
+
+
+def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """Return the weights' dtype; ``auto`` is float32 on CPU and bfloat16 where a GPU has it."""
+    if wanted != "auto":
+        dtype: torch.dtype = getattr(torch, wanted)
+        return dtype
+    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+        return torch.bfloat16
+    return torch.float32
+
+
+def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Return the attention implementation; FlashAttention only where it can run.
+
+    Raises:
+        EnvironmentProblem: FlashAttention was asked for and is not installed.
+    """
+    installed = importlib.util.find_spec("flash_attn") is not None
+    if wanted == "flash_attention_2" and not installed:
+        raise EnvironmentProblem(
+            "model.attention=flash_attention_2 needs the package flash-attn",
+            "pip install 'treelora[flash-attn]' (needs a CUDA toolkit), or model.attention=auto",
+        )
+    if wanted != "auto":
+        return wanted
+    fits = device.type == "cuda" and dtype in {torch.bfloat16, torch.float16}
+    return "flash_attention_2" if installed and fits else "sdpa"
+
+
+def fingerprint(source: str, model: Any) -> str:
+    """Identify a model's weights.
+
+    A local folder's config and weight files are hashed with SHA-256: whole below 256 MiB, else
+    size, safetensors header and the first and last MiB (``sampled-sha256:``). A hub id is
+    identified by the commit it resolved to.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        return f"hub:{source}@{getattr(model.config, '_commit_hash', None) or 'unknown'}"
+    weights = sorted(folder.glob("*.safetensors"))
+    whole = sum(path.stat().st_size for path in weights) < HASH_WHOLE_BELOW
+    digest = hashlib.sha256()
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    digest.update(json.dumps(config, sort_keys=True).encode())
+    for path in weights:
+        digest.update(f"{path.name}:{path.stat().st_size}".encode())
+        digest.update(_contents(path, whole))
+    return f"{'sha256' if whole else 'sampled-sha256'}:{digest.hexdigest()}"
+
+
+def _contents(path: Path, whole: bool) -> bytes:
+    with path.open("rb") as file:
+        if whole:
+            return hashlib.file_digest(file, "sha256").digest()
+        head = file.read(SAMPLE_BYTES)
+        file.seek(max(0, path.stat().st_size - SAMPLE_BYTES))
+        return head + file.read()
+
+
+def _check_folder(source: str) -> None:
+    """Say what a local folder lacks before transformers says it in many lines."""
+    folder = Path(source)
+    looks_local = folder.exists() or source.startswith((".", "/", "~"))
+    if not looks_local:
+        return
+    if not folder.is_dir():
+        raise DataError(f"model folder {source!r} does not exist", "give a hub id or a folder")
+    if not (folder / "config.json").is_file():
+        raise DataError(f"model folder {source!r} has no config.json", "is it the right folder?")
+    if not any(folder.glob("*.safetensors")):
+        other = sorted(path.name for path in [*folder.glob("*.bin"), *folder.glob("*.pt")])
+        found = f"; {other[0]} is not read, for pickled weights can run code" if other else ""
+        raise DataError(
+            f"model folder {source!r} has no weights (*.safetensors){found}",
+            "save it with model.save_pretrained(folder) of transformers 5",
+        )
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:
+        raise DataError(
+            f"{source}/config.json cannot be used: {_one_line(error)}", "is it a transformers model?"
+        ) from None
+    if config.is_encoder_decoder:
+        raise DataError(
+            f"model {source!r} is an encoder-decoder ({config.model_type})",
+            "only causal language models are supported so far",
+        )
+
+
+def _ensure_pad_token(tokenizer: Any) -> None:
+    """Padding is masked everywhere, so any valid id serves where a tokenizer has no pad token."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    if tokenizer.eos_token_id is None:
+        raise DataError(
+            "the model's tokenizer has no end-of-sequence token", "set eos_token in its config"
+        )
+
+
+def _one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,361 @@
+"""The recipe: every setting of a run, typed, checked and told apart by name.
+
+A recipe is a YAML file with the sections ``model, stream, data, optim, lora, method, bandit, tree,
+eval``. Later layers win: defaults, recipe file, ``--set section.key=value``, flags. The
+``method`` section holds the method's name and that method's own settings.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from treelora_cli.errors import UsageError, did_you_mean
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A part of a recipe; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class ModelSection(Section):
+    """The backbone and how it is loaded."""
+
+    name: str | None = Field(None, description="hub id or folder; nothing: the built-in base")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: float32 on CPU, bfloat16 on a GPU that has it"
+    )
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
+        "auto", description="auto: flash_attention_2 where it is importable on CUDA, else sdpa"
+    )
+
+
+class StreamSection(Section):
+    """Which tasks arrive, in which order, under which seed."""
+
+    tasks: tuple[str, ...] = Field((), description="task names in the order of their arrival")
+    seed: int = Field(1234, ge=0, lt=2**31, description="decides order, dropout, start and bandit")
+    checkpoint_steps: Positive = Field(100, description="optimizer steps between checkpoints")
+
+
+class DataSection(Section):
+    """Where rows come from and how long they may be."""
+
+    path: str | None = Field(None, description="folder of tasks; nothing: the built-in ones")
+    max_prompt_tokens: Positive = Field(1024, description="longer prompts are cut")
+    max_answer_tokens: Positive = Field(512, description="cap on each task's own answer length")
+    truncate: Literal["left", "middle"] = Field(
+        "left", description="which part of a long prompt goes: its beginning, or its middle"
+    )
+    train_rows: Positive | None = Field(None, description="train rows a task; nothing: all")
+    test_rows: Positive | None = Field(None, description="rows a test split; nothing: all")
+
+
+class OptimSection(Section):
+    """The optimizer: AdamW, one per task."""
+
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    epochs: Positive | dict[str, Positive] = Field(1, description="a number, or task: number")
+    batch_size: Positive = Field(32, description="rows an optimizer step")
+    micro_batch_size: Positive = Field(8, description="rows a forward pass; the rest accumulates")
+    warmup_steps: int = Field(0, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    final_lr: Fraction = Field(0.0, description="share of lr left at the end of a task")
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    grad_clip: Annotated[float, Field(ge=0)] = Field(1.0, description="global norm; 0: none")
+
+
+class LoraSection(Section):
+    """The adapter, in PEFT's terms."""
+
+    rank: Positive = 8
+    alpha: Annotated[float, Field(gt=0)] = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    targets: Literal["auto", "all-linear"] | tuple[str, ...] = Field(
+        "auto", description="auto: PEFT's choice for the architecture (query and value)"
+    )
+
+
+class MethodSection(Section):
+    """The method's name; its own settings stand beside it and are checked by the method."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str = "treelora"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The method's own settings, unchecked."""
+        return dict(self.model_extra or {})
+
+
+class BanditSection(Section):
+    """The search for the task to compare with (design of TreeLoRA, Eq. 2)."""
+
+    search: Literal["tree", "flat", "random", "exhaustive"] = "tree"
+    scope: Literal["model", "block"] = Field("model", description="one search, or one per block")
+    c: Annotated[float, Field(ge=0)] = Field(0.5, description="width of the bound; the paper: 2")
+    delta: Literal["bound", "median"] = Field("median", description="smoothness of a node")
+
+
+class TreeSection(Section):
+    """How the gradient tree splits groups of tasks."""
+
+    split: Literal["principal", "paper", "official"] = "principal"
+    block: Literal["spread", "index"] = "spread"
+    rebuild: Literal["always", "unbalanced"] = "always"
+
+
+class EvalSection(Section):
+    """When and how tasks are scored."""
+
+    when: Literal["all", "last", "none"] = Field(
+        "all", description="after every task, after the last only, never"
+    )
+    batch_size: Positive = 32
+    zero_shot: bool = Field(True, description="score each task before any training (for FWT)")
+    before: bool = Field(True, description="score each task just before its training (for FWT)")
+
+
+class Recipe(Section):
+    """All settings of a run."""
+
+    model: ModelSection = ModelSection()
+    stream: StreamSection = StreamSection()
+    data: DataSection = DataSection()
+    optim: OptimSection = OptimSection()
+    lora: LoraSection = LoraSection()
+    method: MethodSection = MethodSection()
+    bandit: BanditSection = BanditSection()
+    tree: TreeSection = TreeSection()
+    eval: EvalSection = EvalSection()
+    limit: Positive | None = Field(
+        None, description="a quick look: so many train and evaluation rows a task"
+    )
+
+    @model_validator(mode="after")
+    def _check_batches(self) -> Recipe:
+        micro, batch = self.optim.micro_batch_size, self.optim.batch_size
+        if batch > micro and batch % micro:
+            raise ValueError(
+                f"optim.batch_size {batch} is not a multiple of optim.micro_batch_size {micro}"
+            )
+        return self
+
+    def epochs_of(self, task: str) -> int:
+        """Return a task's epochs.
+
+        Raises:
+            UsageError: ``optim.epochs`` lists epochs by task and this task is not among them.
+        """
+        epochs = self.optim.epochs
+        if isinstance(epochs, int):
+            return epochs
+        if task not in epochs:
+            raise UsageError(
+                f"optim.epochs has no entry for task {task!r}",
+                f"add it in the recipe, or give one number for all: --set optim.epochs=1 "
+                f"(listed: {', '.join(epochs)})",
+            )
+        return epochs[task]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON and YAML values, every key written out."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        """Return the recipe as YAML that loads to an equal recipe."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, which by itself lets a second mention of a key win silently."""
+
+
+def _mapping_with_unique_keys(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[str, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node)  # type: ignore[no-untyped-call]
+        if key in seen:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {key!r} stands twice", key_node.start_mark
+            )
+        seen.add(key)
+    return dict(yaml.SafeLoader.construct_mapping(loader, node, deep=True))
+
+
+_UniqueKeyLoader.add_constructor(
+    yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_with_unique_keys
+)
+
+
+def read_yaml(text: str, where: str) -> dict[str, Any]:
+    """Read a YAML mapping with the safe loader.
+
+    Args:
+        text: the document.
+        where: what to call it in messages.
+
+    Raises:
+        UsageError: not YAML, a key stands twice, or the document is not a mapping.
+    """
+    try:
+        document = _UniqueKeyLoader(text).get_single_data()  # type: ignore[no-untyped-call]
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UsageError(f"{place}: not a valid recipe: {problem}", "mend the YAML there") from None
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise UsageError(f"{where}: a recipe is a mapping of sections", "see `treelora recipes`")
+    return document
+
+
+def recipe_folders() -> list[Path]:
+    """Return the folders in which recipes are found by name: packed with the wheel, or a checkout."""
+    here = Path(__file__).resolve().parent
+    return [folder for folder in (here / "_recipes", here.parent / "recipes") if folder.is_dir()]
+
+
+def recipe_names() -> list[str]:
+    """Return the names of all recipes that come with treelora."""
+    return sorted({path.stem for folder in recipe_folders() for path in folder.rglob("*.yaml")})
+
+
+def find_recipe(name: str) -> Path:
+    """Find a recipe by path or by the name of one that comes with treelora.
+
+    Raises:
+        UsageError: neither a file nor a known name.
+    """
+    path = Path(name)
+    if path.suffix in {".yaml", ".yml"} or len(path.parts) > 1:
+        if path.is_file():
+            return path
+        raise UsageError(
+            f"recipe file {name!r} does not exist", f"by name: {', '.join(recipe_names())}"
+        )
+    for folder in recipe_folders():
+        for found in sorted(folder.rglob(f"{name}.yaml")):
+            return found
+    raise UsageError(f"unknown recipe {name!r}", did_you_mean(name, recipe_names()))
+
+
+def parse_overrides(pairs: list[str]) -> dict[str, Any]:
+    """Turn ``section.key=value`` texts into nested values; values are read as YAML.
+
+    Raises:
+        UsageError: a text without ``=`` or without a key.
+    """
+    document: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        parts = key.strip().split(".")
+        if not equals or not all(parts):
+            raise UsageError(
+                f"--set {pair!r} is not of the form section.key=value", "e.g. --set optim.lr=1e-4"
+            )
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UsageError(f"--set {pair!r}: the value is not valid YAML", "quote it") from None
+        merge(document, _nested(parts, value))
+    return document
+
+
+def _nested(parts: list[str], value: Any) -> dict[str, Any]:
+    for part in reversed(parts):
+        value = {part: value}
+    nested: dict[str, Any] = value
+    return nested
+
+
+def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """Put ``top`` over ``base`` in place, section by section; values and lists are replaced."""
+    for key, value in top.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict) and key != "epochs":
+            merge(base[key], value)
+        else:
+            base[key] = value
+    return base
+
+
+def build_recipe(document: dict[str, Any], where: str) -> Recipe:
+    """Check a document and return the recipe.
+
+    Args:
+        document: sections as plain values.
+        where: what to call the source in messages.
+
+    Raises:
+        UsageError: an unknown key (with the closest known one) or a value out of range.
+    """
+    try:
+        return Recipe.model_validate(document)
+    except ValidationError as error:
+        raise validation_problem(error, Recipe, where) from None
+
+
+def validation_problem(error: ValidationError, model: type[BaseModel], where: str) -> UsageError:
+    """Turn pydantic's first complaint into one clear line.
+
+    Args:
+        error: what pydantic raised.
+        model: the model that was being checked; its fields feed the did-you-mean hint.
+        where: what to call the source in the message.
+    """
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    key = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(model, location[:-1])
+        return UsageError(f"{where}: unknown key {key!r}", did_you_mean(location[-1], known))
+    message = first["msg"].removeprefix("Value error, ")
+    got = f", got {first['input']!r}" if not isinstance(first["input"], dict) else ""
+    text = f"{where}: {key}: {message}{got}" if key else f"{where}: {message}"
+    return UsageError(text, "correct the value in the recipe or in --set")
+
+
+def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
+    for part in path:
+        inner = model.model_fields[part].annotation if part in model.model_fields else None
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            model = inner
+    return sorted(field.alias or name for name, field in model.model_fields.items())
+
+
+def differences(old: Recipe, new: Recipe) -> list[str]:
+    """List ``key: old -> new`` for settings that differ and would change a run's meaning.
+
+    The tasks may grow, and the places of model and data may move: their contents are compared by
+    fingerprint elsewhere.
+    """
+    free = {"stream.tasks", "model.name", "data.path"}
+    left, right = _flat(old.to_dict()), _flat(new.to_dict())
+    return [
+        f"{key}: {left.get(key)!r} -> {right.get(key)!r}"
+        for key in sorted(left.keys() | right.keys())
+        if key not in free and left.get(key) != right.get(key)
+    ]
+
+
+def _flat(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in document.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

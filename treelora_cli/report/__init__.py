@@ -1,0 +1,1 @@
+"""Figures, tables and documents made from the files of a run directory."""

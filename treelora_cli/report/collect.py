@@ -1,0 +1,272 @@
+"""Read a run directory, finished or not, into a :class:`RunReport`; nothing is written."""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from treelora_cli.report import metrics
+from treelora_cli.report.losses import loss_curves
+from treelora_cli.report.model import SYNTHETIC, LossPoint, RunReport, TaskReport
+from treelora_cli.report.words import clean, clean_document, clean_lines, marked
+from treelora_cli.rundir.atomic import committed
+from treelora_cli.rundir.events import read_events
+from treelora_cli.rundir.jsonfile import read_json
+from treelora_cli.rundir.layout import RunDir
+from treelora_cli.rundir.scores import Cell, Scores
+
+Json = dict[str, Any]
+ZERO_SHOT = "zero shot"
+
+
+def collect(run_path: Path) -> RunReport:
+    """Read everything a report says about one run.
+
+    Readers take no lock: files are replaced atomically, so a run may go on meanwhile.
+
+    Args:
+        run_path: the run directory.
+
+    Raises:
+        RunDirError: it is missing, damaged or of another format version.
+    """
+    run = RunDir.open(run_path)
+    info = run.info.to_json()
+    events = read_events(run.events)
+    cells = Scores.load(run.scores).cells
+    entries: list[Json] = info["tasks"]
+    mode = _text(info.get("mode")) or "latest"
+    scored = _score(entries, cells, mode, _text(info.get("decoding")))
+    tasks = _tasks(run, info, entries, cells, events, scored)
+    return _report(run_path, run, info, tasks, cells, scored)
+
+
+class _Scored:
+    """The numbers of one run in one adapter mode; see :class:`RunReport` for the attributes."""
+
+    def __init__(
+        self,
+        names: list[str],
+        R: list[list[float | None]],
+        zero_shot: list[float | None],
+        learned: int,
+        mode: str,
+        decoding: str | None,
+    ) -> None:
+        self.names, self.zero_shot = names, zero_shot
+        self.R = R[:learned]
+        self.learned, self.mode, self.decoding = learned, mode, decoding
+
+    def missing(self) -> list[tuple[str, str]]:
+        """Places (after, task) that OP_n, BWT, forgetting or FWT needs and that are empty."""
+        found = [
+            (ZERO_SHOT, self.names[j])
+            for j in range(1, self.learned)
+            if self.zero_shot[j] is None and self.mode != "own"
+        ]
+        for i, row in enumerate(self.R):
+            # Row i also holds the score on the task that comes next, which FWT needs.
+            needed = range(i, i + 1) if self.mode == "own" else range(min(i + 2, self.learned))
+            found += [(f"after {self.names[i]}", self.names[j]) for j in needed if row[j] is None]
+        return found
+
+
+def _score(
+    entries: Sequence[Json], cells: Sequence[Cell], mode: str, decoding: str | None
+) -> _Scored:
+    names = [str(entry["name"]) for entry in entries]
+    if decoding is None:
+        of_mode = [cell for cell in metrics.full_cells(cells) if cell.adapter == mode]
+        decoding = metrics.most_common_decoding(of_mode)
+    R = metrics.matrix_from_scores(cells, names, mode, decoding)
+    zero_shot = metrics.zero_shot_from_scores(cells, names, decoding)
+    return _Scored(names, R, zero_shot, _learned(entries, R), mode, decoding)
+
+
+def _learned(entries: Sequence[Json], R: Sequence[Sequence[float | None]]) -> int:
+    """How many leading tasks the numbers cover: all trained, the last one evaluated as well.
+
+    A task that is trained while its evaluation still runs would leave every number empty; the
+    row before it is complete and says more.
+    """
+    trained = 0
+    for entry in entries:
+        if entry.get("status") not in ("trained", "finished"):
+            break
+        trained += 1
+    evaluating = trained > 1 and entries[trained - 1].get("status") == "trained"
+    return trained - 1 if evaluating and metrics.op(R, trained) is None else trained
+
+
+def _tasks(
+    run: RunDir,
+    info: Json,
+    entries: Sequence[Json],
+    cells: Sequence[Cell],
+    events: Sequence[Mapping[str, Any]],
+    scored: _Scored,
+) -> tuple[TaskReport, ...]:
+    curves = loss_curves(events)
+    seconds = {
+        event.get("task"): event.get("seconds")
+        for event in events
+        if event.get("kind") == "task_finished" and isinstance(event.get("seconds"), dict)
+    }
+    rows = _rows(cells, scored)
+    tasks = []
+    for j, entry in enumerate(entries):
+        name = scored.names[j]
+        stored = _task_document(run.task_dir(j, name))
+        known = {**entry, **stored, "status": entry.get("status")}
+        known["seconds"] = {**_mapping(known.get("seconds")), **_mapping(seconds.get(name))}
+        tasks.append(_task(known, j, info, scored, rows.get(name), curves.get(name, ())))
+    return tuple(tasks)
+
+
+def _task_document(folder: Path) -> Json:
+    """Read task.json, without the checksums: they would read every weight of the run."""
+    place = committed(folder)
+    return (read_document(place / "task.json") if place else None) or {}
+
+
+def _task(
+    known: Json,
+    j: int,
+    info: Json,
+    scored: _Scored,
+    rows: int | None,
+    loss: tuple[LossPoint, ...],
+) -> TaskReport:
+    builtin = bool(info.get("builtin_data"))
+    synthetic = builtin or bool(known.get("synthetic"))
+    learned = j < scored.learned
+    name = clean(scored.names[j])
+    steps = _whole(known.get("steps"))
+    return TaskReport(
+        name=name,
+        status=_text(known.get("status")) or "pending",
+        metric=_text(known.get("metric")),
+        language=_text(known.get("language")),
+        synthetic=synthetic,
+        label=marked(name, synthetic, SYNTHETIC if builtin else "synthetic"),
+        own=scored.R[j][j] if learned else None,
+        final=scored.R[-1][j] if learned else None,
+        zero_shot=scored.zero_shot[j],
+        chance=_number(known.get("chance")),
+        rows=rows,
+        train_seconds=_number(known["seconds"].get("train")),
+        evaluate_seconds=_number(known["seconds"].get("evaluate")),
+        steps=loss[-1].step if steps is None and loss else steps,
+        trainable_parameters=_whole(known.get("trainable_parameters")),
+        loss=loss,
+    )
+
+
+def _rows(cells: Sequence[Cell], scored: _Scored) -> dict[str, int]:
+    """Test rows behind the scores of each task, the most where cells differ."""
+    rows: dict[str, int] = {}
+    for cell in metrics.full_cells(cells, scored.decoding):
+        if cell.adapter == scored.mode or cell.after is None:
+            rows[cell.task] = max(cell.rows, rows.get(cell.task, 0))
+    return rows
+
+
+def _report(
+    run_path: Path,
+    run: RunDir,
+    info: Json,
+    tasks: tuple[TaskReport, ...],
+    cells: Sequence[Cell],
+    scored: _Scored,
+) -> RunReport:
+    builtin_base = bool(info.get("builtin_base"))
+    R = scored.R
+    return RunReport(
+        path=clean(str(run_path)),
+        title=clean(run_path.resolve().name),
+        status=_text(info.get("status")) or "unknown",
+        method=_text(info.get("method")) or "unknown method",
+        model=marked(_text(info.get("model")) or "unknown model", builtin_base),
+        builtin_base=builtin_base,
+        builtin_data=bool(info.get("builtin_data")),
+        seed=_whole(info.get("seed")),
+        mode=scored.mode,
+        decoding=None if scored.decoding is None else clean(scored.decoding),
+        tasks=tasks,
+        learned=scored.learned,
+        matrix=tuple(tuple(row) for row in R),
+        op_curve=tuple(metrics.op_curve(R)),
+        op=metrics.op(R),
+        bwt=metrics.bwt(R),
+        bwt_lopez_paz=metrics.bwt_lopez_paz(R),
+        forgetting=metrics.forgetting(R),
+        fwt=metrics.fwt(R, scored.zero_shot),
+        missing=tuple((clean(after), clean(task)) for after, task in scored.missing()),
+        limited_cells=sum(cell.limited for cell in cells),
+        train_seconds=_total(task.train_seconds for task in tasks),
+        evaluate_seconds=_total(task.evaluate_seconds for task in tasks),
+        tree=read_tree(run.tree_json),
+        recipe=_recipe(run.recipe_yaml),
+        versions=_versions(info),
+        command=_command(info.get("command")),
+    )
+
+
+def read_tree(path: Path) -> Json | None:
+    """Read a tree document, its text cleaned; None where there is no such file."""
+    document = read_document(path)
+    return None if document is None else _mapping(clean_document(document))
+
+
+def read_document(path: Path) -> Json | None:
+    """Read a JSON object; None where there is no such file.
+
+    Raises:
+        RunDirError: the file is there and is damaged, or a symbolic link.
+    """
+    return read_json(path) if os.path.lexists(path) else None
+
+
+def _recipe(path: Path) -> str:
+    try:
+        return clean_lines(path.read_text(encoding="utf-8", errors="replace"))
+    except FileNotFoundError:
+        return ""
+
+
+def _versions(info: Json) -> dict[str, str]:
+    found = _mapping(info.get("versions")) or _mapping(info.get("package_versions"))
+    return {clean(str(name)): clean(str(version)) for name, version in sorted(found.items())}
+
+
+def _command(value: object) -> str | None:
+    if isinstance(value, list):
+        return clean(shlex.join(str(part) for part in value)) or None
+    return _text(value)
+
+
+def _mapping(value: object) -> Json:
+    return value if isinstance(value, dict) else {}
+
+
+def _text(value: object) -> str | None:
+    return (clean(value) or None) if isinstance(value, str) else None
+
+
+def _number(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def _whole(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _total(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None

@@ -1,0 +1,143 @@
+"""The gradient tree as a picture: the root at the left, one row per leaf."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from treelora_cli.report.svg import element, picture, shorten
+
+_ROW, _TOP, _LEFT, _LABEL, _DEPTH_ROOM = 24, 22, 14, 190, 210
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """One node and where it is drawn."""
+
+    x: float
+    y: float
+    children: tuple[int, ...]
+    caption: str
+    tip: str
+
+
+def dendrogram(tree: Mapping[str, Any]) -> Markup | None:
+    """Return the picture of a tree document; None where it holds no node or is malformed.
+
+    Args:
+        tree: the document of ``tree/tree.json``.
+    """
+    nodes = _nodes(tree)
+    if nodes is None:
+        return None
+    deepest = max(int(node["depth"]) for node in nodes)
+    step = min(84.0, max(26.0, _DEPTH_ROOM / max(1, deepest)))
+    edge = _LEFT + step * deepest
+    names = [str(name) for name in tree.get("tasks") or []]
+    placed = _place(nodes, names, step)
+    parts: list[Markup] = []
+    for node in placed:
+        parts += [_elbow(node, placed[child]) for child in node.children]
+    for node in placed:
+        parts += _inner(node, step) if node.children else _leaf(node, edge)
+    leaves = sum(not node.children for node in placed)
+    label = f"Gradient tree of {len(names)} tasks: {leaves} leaves, depth {deepest}"
+    width = edge + _LABEL
+    return picture(width, _TOP + _ROW * leaves, label, *parts, fluid=width <= 440)
+
+
+def _nodes(tree: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """The node list, checked for what drawing relies on: ids in pre-order, so no cycle."""
+    nodes = tree.get("nodes")
+    if not isinstance(nodes, list) or not nodes:
+        return None
+    for position, node in enumerate(nodes):
+        if not isinstance(node, dict) or node.get("id") != position:
+            return None
+        children, depth = node.get("children") or [], node.get("depth")
+        if not isinstance(depth, int) or not isinstance(children, list):
+            return None
+        if not all(isinstance(c, int) and position < c < len(nodes) for c in children):
+            return None
+    return nodes
+
+
+def _place(nodes: Sequence[dict[str, Any]], names: Sequence[str], step: float) -> list[_Placed]:
+    heights: dict[int, float] = {}
+    leaves = [position for position, node in enumerate(nodes) if not node.get("children")]
+    for row, position in enumerate(leaves):
+        heights[position] = _TOP + _ROW * (row + 0.5) - 8
+    # Children have higher ids than their parent, so going backwards meets them first.
+    for position in range(len(nodes) - 1, -1, -1):
+        children = nodes[position].get("children") or []
+        if children:
+            heights[position] = sum(heights[child] for child in children) / len(children)
+    return [
+        _Placed(
+            x=_LEFT + step * node["depth"],
+            y=heights[position],
+            children=tuple(node.get("children") or ()),
+            caption=_caption(node, names),
+            tip=_tip(node, names),
+        )
+        for position, node in enumerate(nodes)
+    ]
+
+
+def _members(node: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    return [
+        f"{index + 1} {names[index]}"
+        for index in node.get("tasks") or []
+        if isinstance(index, int) and 0 <= index < len(names)
+    ]
+
+
+def _caption(node: Mapping[str, Any], names: Sequence[str]) -> str:
+    if not node.get("children"):
+        return ", ".join(_members(node, names))
+    block = node.get("block")
+    return str(node.get("split") or "") if block is None else f"block {block}"
+
+
+def _tip(node: Mapping[str, Any], names: Sequence[str]) -> str:
+    facts = [", ".join(_members(node, names)), f"depth {node['depth']}"]
+    for key, head in (
+        ("split", "split by"),
+        ("block", "at block"),
+        ("threshold", "threshold"),
+        ("radius", "radius"),
+        ("spread", "spread"),
+    ):
+        value = node.get(key)
+        if value is not None and value != "":
+            facts.append(f"{head} {value:.4g}" if isinstance(value, float) else f"{head} {value}")
+    return "; ".join(facts)
+
+
+def _elbow(parent: _Placed, child: _Placed) -> Markup:
+    return element(
+        "path", d=f"M{parent.x:.1f} {parent.y:.1f}V{child.y:.1f}H{child.x:.1f}", class_="branch"
+    )
+
+
+def _inner(node: _Placed, step: float) -> list[Markup]:
+    dot = element(
+        "circle", element("title", node.tip), cx=node.x, cy=node.y, r=4, class_="node"
+    )
+    if step < 56:
+        return [dot]
+    return [dot, element("text", node.caption, x=node.x + 8, y=node.y + 4, class_="axis")]
+
+
+def _leaf(node: _Placed, edge: float) -> list[Markup]:
+    title = element("title", node.tip)
+    parts = [element("circle", title, cx=node.x, cy=node.y, r=3.4, class_="leaf")]
+    if edge > node.x:
+        ends = {"x1": node.x + 5, "x2": edge + 4, "y1": node.y, "y2": node.y}
+        parts.append(element("line", **ends, class_="leader"))
+    text = shorten(node.caption, 24)
+    parts.append(element("text", title, text, x=edge + 10, y=node.y + 4, class_="label"))
+    return parts

@@ -1,0 +1,76 @@
+"""The report as one HTML file that needs nothing else: no script, no font, no request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from treelora_cli.report import words
+from treelora_cli.report.curves import STYLES, key, loss_curve, op_curves
+from treelora_cli.report.dendrogram import dendrogram
+from treelora_cli.report.heatmap import heatmap
+from treelora_cli.report.kept import kept
+from treelora_cli.report.metrics import DEFINITIONS
+from treelora_cli.report.model import RunReport
+from treelora_cli.report.ramp import stylesheet
+from treelora_cli.report.text import HEADS, values
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("treelora_cli.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "percent": words.percent,
+        "signed": words.signed,
+        "duration": words.duration,
+        "count": words.count,
+    }
+    environment.globals |= {
+        "covers": words.covers,
+        "heading": words.heading,
+        "missing_lines": words.missing_lines,
+        "values": values,
+        "heads": HEADS,
+        "definitions": DEFINITIONS,
+        "dash": words.NOT_MEASURED,
+        "heatmap": heatmap,
+        "kept": kept,
+        "loss_curve": loss_curve,
+        "dendrogram": dendrogram,
+        "op_curves": op_curves,
+        "key": lambda position: key(position % STYLES),
+        "ramp": Markup(stylesheet()),
+    }
+    return environment
+
+
+def html(reports: Sequence[RunReport]) -> str:
+    """Return the page.
+
+    Args:
+        reports: one run, or several to compare before each is shown.
+    """
+    page = _environment().get_template("report.html.j2").render(
+        reports=reports,
+        names=words.legends(reports),
+        notices=words.notices(reports),
+        title=_title(reports),
+    )
+    return page.rstrip() + "\n"
+
+
+def _title(reports: Sequence[RunReport]) -> str:
+    if len(reports) == 1:
+        return words.heading(reports[0])
+    names = ", ".join(dict.fromkeys(report.method for report in reports))
+    synthetic = any(report.synthetic for report in reports)
+    return words.marked(f"{len(reports)} runs compared: {names}", synthetic)

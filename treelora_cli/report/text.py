@@ -1,0 +1,241 @@
+"""The report for a terminal: tables that fit its width, colour only as an addition."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console, Group
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from treelora_cli.report.metrics import DEFINITIONS
+from treelora_cli.report.model import RunReport, TaskReport
+from treelora_cli.report.words import (
+    NOT_MEASURED,
+    count,
+    covers,
+    duration,
+    heading,
+    legends,
+    marked,
+    missing_lines,
+    notices,
+    percent,
+    signed,
+)
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+HEADS = {
+    "op": "OP",
+    "bwt": "BWT",
+    "bwt_lopez_paz": "BWT (LP)",
+    "forgetting": "Forgetting",
+    "fwt": "FWT",
+}
+"""What each number is called in tables."""
+
+FILE_WIDTH = 110
+"""Columns of a report that goes to a file."""
+
+WIDE = 100
+"""From this width on, tables show what scores cost too."""
+
+_NAME_WIDTH = 24
+
+
+def text(reports: Sequence[RunReport], width: int = FILE_WIDTH) -> str:
+    """Return the report as plain text without colour.
+
+    Args:
+        reports: one run or several to compare.
+        width: columns of the page.
+    """
+    page = io.StringIO()
+    console = Console(file=page, width=width, color_system=None, highlight=False)
+    console.print(renderable(reports, width), crop=False)
+    return "\n".join(line.rstrip() for line in page.getvalue().splitlines()) + "\n"
+
+
+def renderable(reports: Sequence[RunReport], width: int) -> Group:
+    """Return the report as one rich renderable.
+
+    Args:
+        reports: one run or several to compare.
+        width: columns of the terminal; a wide matrix is shown in stretches of columns.
+    """
+    notes = [Text(f"note: {notice}", style="yellow") for notice in notices(reports)]
+    if len(reports) == 1:
+        return Group(*_title(reports[0]), *notes, *_run(reports[0], width, alone=True))
+    parts: list[RenderableType] = [Text(f"{len(reports)} runs compared", style="bold"), *notes]
+    parts += [Text(), _comparison(reports, width), Text(), *_definitions()]
+    for report in reports:
+        parts += [Text(), *_title(report), *_run(report, width, alone=False)]
+    return Group(*parts)
+
+
+def _title(report: RunReport) -> list[RenderableType]:
+    facts = [
+        report.path,
+        report.status,
+        "seed not recorded" if report.seed is None else f"seed {report.seed}",
+        f"adapter mode {report.mode}",
+        f"decoding {report.decoding or 'not recorded'}",
+    ]
+    return [Text(heading(report), style="bold"), Text(" · ".join(facts), style="dim")]
+
+
+def _run(report: RunReport, width: int, alone: bool) -> list[RenderableType]:
+    parts: list[RenderableType] = [Text()]
+    if alone:
+        parts += [_numbers(report), Text()]
+    parts += [*_matrix(report, width), _task_table(report, width), Text()]
+    if report.missing:
+        parts += [Text("Not measured", style="bold")]
+        parts += [Padding(Text(line), (0, 0, 0, 2)) for line in missing_lines(report)]
+        parts += [Text()]
+    parts += [
+        Text(
+            f"Time: training {duration(report.train_seconds)}, evaluation "
+            f"{duration(report.evaluate_seconds)}, together {duration(report.total_seconds)}"
+        )
+    ]
+    if report.command:
+        # One line however long, so that it can be copied.
+        command = Text(f"  {report.command}", style="cyan", no_wrap=True, overflow="ignore")
+        parts += [Text("Repeat this run with:"), command]
+    return parts
+
+
+def values(report: RunReport) -> dict[str, str]:
+    """The five numbers as printed, by key; a difference carries its sign."""
+    return {
+        "op": percent(report.op),
+        "bwt": signed(report.bwt),
+        "bwt_lopez_paz": signed(report.bwt_lopez_paz),
+        "forgetting": signed(report.forgetting),
+        "fwt": signed(report.fwt),
+    }
+
+
+def _numbers(report: RunReport) -> Table:
+    table = _grid()
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(justify="right", style="bold cyan", no_wrap=True)
+    table.add_column(style="dim")
+    printed = values(report)
+    for key, head in HEADS.items():
+        table.add_row(Text(head), Text(printed[key]), Text(DEFINITIONS[key]))
+    table.add_row(Text(), Text(), Text(f"scores x 100, test split, {covers(report)}"))
+    return table
+
+
+def _definitions() -> Iterator[RenderableType]:
+    for key, head in HEADS.items():
+        yield Text(f"{head}: {DEFINITIONS[key]}", style="dim")
+
+
+def _comparison(reports: Sequence[RunReport], width: int) -> Table:
+    table = _table()
+    table.add_column("run", overflow="fold", min_width=12)
+    heads = [*HEADS.values(), "adapter", "time"]
+    for head in [*heads, "trainable"] if width >= WIDE else heads:
+        table.add_column(head, justify="right", no_wrap=True)
+    for report, name in zip(reports, legends(reports), strict=True):
+        cells = [*values(report).values(), report.mode, duration(report.total_seconds)]
+        cells += [count(report.trainable_parameters)] if width >= WIDE else []
+        shown = marked(name, report.synthetic)
+        table.add_row(Text(shown), *(Text(cell) for cell in cells))
+    return table
+
+
+def _matrix(report: RunReport, width: int) -> Iterator[RenderableType]:
+    """R in as many tables as its columns need to fit; the diagonal stands in brackets."""
+    if not report.matrix:
+        yield Text("No task has been learned yet.", style="dim")
+        yield Text()
+        return
+    yield Text("R: row = after learning this task, column = score on task, x 100", style="bold")
+    yield Text("[ ] just learned   · not learned yet   — not measured", style="dim")
+    measured = [
+        (j, len(percent(score, 1)))
+        for row in report.matrix
+        for j, score in enumerate(row)
+        if score is not None
+    ]
+    shown = max(report.learned, 1 + max((j for j, _ in measured), default=0))
+    names = max(len(task.name) for task in report.tasks)
+    # Two brackets, and a space before the next column.
+    cell = 3 + max((digits for _, digits in measured), default=4)
+    fitting = max(1, (width - min(names, _NAME_WIDTH) - 5) // cell)
+    for start in range(0, shown, fitting):
+        yield Text()
+        yield _matrix_part(report, range(start, min(start + fitting, shown)))
+    yield Text()
+
+
+def _matrix_part(report: RunReport, columns: range) -> Table:
+    """Some columns of R; rows from before the first of them was learned are left out."""
+    table = _table(gap=0)
+    table.add_column("#", justify="right", style="dim")
+    table.add_column("after", max_width=_NAME_WIDTH, no_wrap=True, overflow="ellipsis")
+    for j in columns:
+        table.add_column(f"{j + 1} ", justify="right", no_wrap=True, min_width=6)
+    for i, row in enumerate(report.matrix):
+        cells = [row[j] for j in columns]
+        if i >= columns.start or any(score is not None for score in cells):
+            printed = [_cell(score, i, j) for j, score in zip(columns, cells, strict=True)]
+            table.add_row(Text(str(i + 1)), Text(report.tasks[i].name), *printed)
+    return table
+
+
+def _cell(score: float | None, i: int, j: int) -> Text:
+    if score is None:
+        return Text("· " if j > i else f"{NOT_MEASURED} ", style="dim")
+    printed = percent(score, 1)
+    if i == j:
+        return Text(f"[{printed}]", style="bold cyan")
+    return Text(f"{printed} ", style="dim" if j > i else "")
+
+
+def _task_table(report: RunReport, width: int) -> Table:
+    table = _table()
+    table.add_column("#", justify="right", style="dim")
+    table.add_column("task", overflow="fold", min_width=12)
+    table.add_column("metric", overflow="fold", min_width=8)
+    heads = ["zero shot", "chance", "learned", "final", "change"]
+    heads += ["rows", "steps", "training"] if width >= WIDE else []
+    for head in heads:
+        table.add_column(head, justify="right")
+    for position, task in enumerate(report.tasks, start=1):
+        cells = _task_cells(task)[: len(heads) + 2]
+        table.add_row(Text(str(position)), *(Text(cell) for cell in cells))
+    return table
+
+
+def _task_cells(task: TaskReport) -> list[str]:
+    return [
+        task.label,
+        task.metric or NOT_MEASURED,
+        percent(task.zero_shot, 1),
+        percent(task.chance, 1),
+        percent(task.own, 1),
+        percent(task.final, 1),
+        signed(task.change, 1),
+        count(task.rows),
+        count(task.steps),
+        duration(task.train_seconds),
+    ]
+
+
+def _table(gap: int = 1) -> Table:
+    return Table(box=box.SIMPLE_HEAD, padding=(0, gap, 0, 0), show_edge=False)
+
+
+def _grid() -> Table:
+    return Table.grid(padding=(0, 2, 0, 0))

@@ -1,0 +1,153 @@
+"""How text and numbers are written in every format."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+from treelora_cli.report.model import SYNTHETIC, RunReport
+
+NOT_MEASURED = "—"
+
+# C0 and C1 controls (escape sequences start with one), the characters that turn the reading
+# direction, the separators that only some readers break lines at, and lone surrogates.
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufffe\uffff"
+    "\ud800-\udfff]"
+)
+_ESCAPE_SEQUENCE = re.compile("(?:\x1b\\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b\\][^\x07\x1b]*(?:\x07|\x1b\\\\)")
+
+
+def clean(text: str) -> str:
+    """Take out escape sequences and control characters; a line break becomes a space.
+
+    Names and answers come from data and models: printed as they are, they could rewrite the
+    terminal, or fail to encode.
+    """
+    return " ".join(clean_lines(text).split())
+
+
+def clean_lines(text: str) -> str:
+    """Like :func:`clean`, but lines and the spaces within them stay."""
+    unified = text.replace("\r\n", "\n").replace("\r", "\n").replace("\t", "    ")
+    return _UNPRINTABLE.sub("", _ESCAPE_SEQUENCE.sub("", unified))
+
+
+def clean_document(value: object) -> object:
+    """Apply :func:`clean` to every string of a JSON document."""
+    if isinstance(value, str):
+        return clean(value)
+    if isinstance(value, list):
+        return [clean_document(item) for item in value]
+    if isinstance(value, dict):
+        return {clean(str(key)): clean_document(item) for key, item in value.items()}
+    return value
+
+
+def marked(name: str, synthetic: bool, note: str = SYNTHETIC) -> str:
+    """A name, and behind it what must be known about where it comes from."""
+    return f"{name} ({note})" if synthetic else name
+
+
+def percent(value: float | None, digits: int = 2) -> str:
+    """A score as the field prints it, times 100: 0.5477 -> ``54.77``."""
+    if value is None:
+        return NOT_MEASURED
+    text = f"{100 * value:.{digits}f}"
+    # A loss of less than half of the last digit would read "-0.00".
+    return text.lstrip("-") if float(text) == 0 else text
+
+
+def signed(value: float | None, digits: int = 2) -> str:
+    """A difference of scores times 100, with its sign."""
+    text = percent(value, digits)
+    return f"+{text}" if value is not None and float(text) > 0 else text
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds in the two largest units that matter: ``42.0 s``, ``3 min 20 s``, ``2 h 5 min``."""
+    if seconds is None:
+        return NOT_MEASURED
+    if seconds < 99.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def count(number: int | None) -> str:
+    """A whole number with its thousands apart."""
+    return NOT_MEASURED if number is None else f"{number:,}"
+
+
+def covers(report: RunReport) -> str:
+    """Which tasks the numbers cover: ``after all 8 tasks`` or ``after 3 of 8 tasks``."""
+    total = len(report.tasks)
+    if report.learned == total:
+        return "after 1 task" if total == 1 else f"after all {total} tasks"
+    return f"after {report.learned} of {total} tasks"
+
+
+def heading(report: RunReport) -> str:
+    """The title line of one run."""
+    return marked(f"{report.method} on {report.model}", report.synthetic and not report.builtin_base)
+
+
+def legends(reports: Sequence[RunReport]) -> list[str]:
+    """A short and unique name for each run: its method where that tells them apart."""
+    methods = Counter(report.method for report in reports)
+    names = [
+        report.method if methods[report.method] == 1 else f"{report.method} ({report.title})"
+        for report in reports
+    ]
+    repeated = Counter(names)
+    return [
+        name if repeated[name] == 1 else f"{name} #{position}"
+        for position, name in enumerate(names, start=1)
+    ]
+
+
+def missing_lines(report: RunReport, most: int = 12) -> list[str]:
+    """What was not measured, one line per row of R; the rest of a long list is counted."""
+    grouped: dict[str, list[str]] = {}
+    for after, task in report.missing:
+        grouped.setdefault(after, []).append(task)
+    lines = [
+        f"{after}: {', '.join(tasks[:most])}" + (f" and {len(tasks) - most} more" * (len(tasks) > most))
+        for after, tasks in grouped.items()
+    ]
+    if len(lines) > most:
+        return [*lines[:most], f"and {len(lines) - most} more rows"]
+    return lines
+
+
+def notices(reports: Sequence[RunReport]) -> list[str]:
+    """What a reader must know before comparing or quoting the numbers."""
+    found: list[str] = []
+    for report, name in zip(reports, legends(reports), strict=True):
+        prefix = f"{name}: " if len(reports) > 1 else ""
+        if report.status != "finished":
+            found.append(
+                f"{prefix}this run is not finished ({report.status}); numbers are {covers(report)}"
+            )
+        if report.limited_cells:
+            found.append(
+                f"{prefix}{report.limited_cells} scores were made with --limit and enter no number"
+            )
+    return found + _differences(reports)
+
+
+def _differences(reports: Sequence[RunReport]) -> list[str]:
+    """In what the compared runs differ, where that makes their numbers hard to compare."""
+    sides = {
+        "tasks or their order": {tuple(task.name for task in run.tasks) for run in reports},
+        "number of tasks learned so far": {run.learned for run in reports},
+        "model": {run.model for run in reports},
+        "adapter mode": {run.mode for run in reports},
+        "decoding": {run.decoding for run in reports if run.decoding is not None},
+        "test rows": {tuple(task.rows for task in run.tasks) for run in reports},
+    }
+    differing = [what for what, values in sides.items() if len(values) > 1]
+    return [f"the runs differ in: {', '.join(differing)}"] if differing else []

@@ -1,0 +1,1 @@
+"""The run directory: names, atomic writes, manifests, the lock, events, scores, checkpoints."""

@@ -1,0 +1,1 @@
+"""Tasks: known data sets, readers of the usual layouts, row checks and metrics."""

@@ -1,0 +1,88 @@
+"""What a reader is given and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from treelora_cli.tasks.catalog import resolve
+from treelora_cli.tasks.fingerprint import fingerprint
+from treelora_cli.tasks.types import Row, Task
+
+TRACE = "trace"
+CL_BENCHMARK = "cl_benchmark"
+PLAIN = "plain"
+PREPARED = "prepared"
+
+WHOLE = "all"
+"""The key of ``TaskSource.files`` for one file that holds every row."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSource:
+    """One task found in a folder.
+
+    Attributes:
+        name: the task's name: its folder's or file's.
+        layout: ``trace``, ``cl_benchmark``, ``plain`` or ``prepared``.
+        files: the file of each split, or one under ``all`` that is to be split.
+        place: where it lies below the data folder, for people.
+    """
+
+    name: str
+    layout: str
+    files: Mapping[str, Path]
+    place: str
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A task with the story of how it was read.
+
+    Attributes:
+        task: the task.
+        layout: as in ``TaskSource``.
+        mapped: which columns became prompt and answer.
+        notes: guesses and decisions that a person should know of.
+    """
+
+    task: Task
+    layout: str
+    mapped: str
+    notes: tuple[str, ...] = field(default=())
+
+
+def build(
+    source: TaskSource,
+    splits: dict[str, tuple[Row, ...]],
+    *,
+    mapped: str,
+    separator: str,
+    labels: tuple[str, ...] | None = None,
+    notes: Sequence[str] = (),
+) -> Loaded:
+    """Make a task of checked rows: metric, labels and reading come from the catalog or a guess.
+
+    Args:
+        source: where the rows came from.
+        splits: the rows of train, eval and test.
+        mapped: which columns became prompt and answer.
+        separator: the text between prompt and answer.
+        labels: the closed answer set, where the data name one.
+        notes: what the reader has to say.
+    """
+    info, more = resolve(source.name, splits, labels)
+    task = Task(
+        name=source.name,
+        metric=info.metric,
+        language=info.language,
+        max_answer_tokens=info.max_answer_tokens,
+        splits=splits,
+        fingerprint=fingerprint(source.name, info.metric, info.reading, splits, separator),
+        labels=info.labels,
+        reading=info.reading,
+        separator=separator,
+        source=f"{source.layout} layout, {source.place}",
+    )
+    return Loaded(task, source.layout, mapped, (*notes, *more))
