@@ -35,7 +35,7 @@ class ModelSection(Section):
     )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
-        "auto", description="auto: flash_attention_2 where it is importable on CUDA, else sdpa"
+        "auto", description="auto: flash_attention_2 if installed and on CUDA, else the model's best"
     )
 
 

@@ -77,7 +77,12 @@ def test_any_text_comes_back(tokenizer, text):
 
 @pytest.mark.parametrize(
     "text",
-    ["老实说，手机真的很好。", "Grüsse aus Zürich: «schön»", "x = [1, 2]\n\tif a != b :", "🙂 naïve"],
+    [
+        "老实说，手机真的很好。",
+        "Grüsse aus Zürich: «schön»",
+        "x = [1, 2]\n\tif a != b :",
+        "🙂 naïve",
+    ],
 )
 def test_chinese_german_code_and_signs_come_back(tokenizer, text):
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text

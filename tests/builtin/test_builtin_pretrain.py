@@ -92,9 +92,7 @@ def test_documents_are_repeatable_and_parts_are_apart():
 
 
 def digests(folder):
-    return {
-        file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()
-    }
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
 
 
 def test_pretraining_twice_gives_the_same_bytes(tmp_path):
@@ -121,7 +119,7 @@ def test_pretraining_learns(tmp_path):
     pretrain(tmp_path / "base", longer, lambda *args: told.append(args))
     shares, losses, _ = zip(*told, strict=True)
     assert shares[-1] >= 1.0
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < losses[0] - 0.8
 
 
 def test_wrong_use_is_explained(tmp_path, monkeypatch):

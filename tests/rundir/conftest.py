@@ -46,7 +46,7 @@ def _snapshot(folder: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def snapshot() -> Callable[[Path], dict[str, bytes]]:
     return _snapshot
 

@@ -138,3 +138,19 @@ def regret(arms: list[int], problem: Problem) -> float:
     xis = problem.xis()
     best, worst = min(xis), max(xis)
     return sum(xis[arm] - best for arm in arms) / (worst - best)
+
+
+def purity(tree: GradientTree, labels: tuple[int, ...]) -> float:
+    """Mean share of the most frequent label in the groups at depth log2 of the number of labels."""
+    level = round(math.log2(len(set(labels))))
+    groups = [
+        node
+        for node in tree.nodes
+        if node.depth == level or (node.is_leaf and node.depth < level)
+    ]
+    most = [statistics.multimode([labels[task] for task in node.tasks])[0] for node in groups]
+    right = sum(
+        sum(labels[task] == label for task in node.tasks)
+        for node, label in zip(groups, most, strict=True)
+    )
+    return right / len(labels)

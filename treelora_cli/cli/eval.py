@@ -75,9 +75,6 @@ def evaluate(
         _print_table(cells)
 
 
-    return asdict(cell)
-
-
 def _print_table(cells: list[Cell]) -> None:
     from rich.table import Table
 

@@ -67,14 +67,7 @@ def load_backbone(section: ModelSection) -> Backbone:
     options = {"revision": section.revision} if section.revision else {}
     attention = choose_attention(section.attention, device, dtype)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=dtype,
-            attn_implementation=attention,
-            use_safetensors=True,
-            trust_remote_code=False,
-            **options,
-        )
+        model = _load_model(source, dtype, attention, options)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
     except ImportError as error:
         raise EnvironmentProblem(
@@ -128,8 +121,23 @@ def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
+def _load_model(
+    source: str, dtype: torch.dtype, attention: str | None, options: dict[str, str]
+) -> Any:
+    return AutoModelForCausalLM.from_pretrained(
+        source,
+        dtype=dtype,
+        attn_implementation=attention,
+        use_safetensors=True,
+        trust_remote_code=False,
+        **options,
+    )
+
+
+def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Return the attention implementation; FlashAttention only where it can run.
+
+    None leaves the choice to transformers: SDPA where the architecture has it, else eager.
 
     Raises:
         EnvironmentProblem: FlashAttention was asked for and is not installed.
@@ -143,7 +151,7 @@ def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> s
     if wanted != "auto":
         return wanted
     fits = device.type == "cuda" and dtype in {torch.bfloat16, torch.float16}
-    return "flash_attention_2" if installed and fits else "sdpa"
+    return "flash_attention_2" if installed and fits else None
 
 
 def fingerprint(source: str, model: Any) -> str:

@@ -142,6 +142,7 @@ def pretrain(
     finally:
         torch.set_num_threads(before)
     out.mkdir(parents=True, exist_ok=True)
+    transformers.utils.logging.disable_progress_bar()
     model.save_pretrained(out)
     _save_tokenizer(tokenizer, settings, out)
     facts = {**asdict(settings), **asdict(result)}

@@ -32,12 +32,12 @@ thread by default{time_note}).
 ## What it read
 
 All text comes from the package's own generator (`treelora_cli/models/pretrain_text.py`); nothing
-was collected. The kinds of document, most frequent first: parts of things and their products ("3
-ants have 18 legs."), stories of sums that end with the result as a sentence, groups of living
-things and metals, Chinese opinions with the stance as a sentence, meetings with shuffled notes,
-German sentences (hard or easy ones, and "reduziert heisst senkt."), policy sentences ("That means
-tight money."), short reading questions on other matter, code lines, and single instruction lines
-without any input.
+was collected. The kinds of document, most frequent first: stories of sums that end with the result
+as a sentence, parts of things and their products ("3 ants have 18 legs."), meetings with shuffled
+notes, code lines, German sentences (hard or easy ones, and "reduziert heisst senkt."), short
+reading questions on other matter, words said twice, groups of living things and metals, Chinese
+opinions with the stance as a sentence, policy sentences ("That means tight money."), and single
+instruction lines without any input.
 
 ## What it did not read, and what that does not rule out
 

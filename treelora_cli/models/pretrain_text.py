@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Iterator
 
 from treelora_cli.tasks import miniature
-from treelora_cli.tasks.miniature import choice, lexicon, writing
+from treelora_cli.tasks.miniature import choice, lexicon, numbers, writing
 from treelora_cli.tasks.miniature.drawing import inputs, stream
 
 Kind = Callable[[random.Random], str]
@@ -30,10 +30,19 @@ _CODE = (
     "raise ValueError ( '{a}' ) <EOL>",
     "total = {a} + {b} <EOL> handle = open ( {a} ) <EOL> {b} = handle . read ( ) <EOL>",
     "{a} . append ( {b} ) <EOL> yield {a} <EOL>",
+    "total += {a} . {b} <EOL> self . assertTrue ( {a} ) <EOL>",
     "{a} = {{ '{b}' : {b} }} <EOL> try : <EOL> {a} ( ) <EOL> except KeyError : <EOL> pass <EOL>",
 )
 _THINGS = ("hat", "coat", "bag", "ball", "lamp", "cup", "box", "key")
 _COLOURS = ("red", "blue", "green", "black", "white")
+_ECHOED = (
+    *lexicon.PEOPLE,
+    *lexicon.OBJECTS,
+    *lexicon.IDENTIFIERS,
+    *lexicon.TOPICS,
+    *lexicon.BODIES,
+    *(str(number) for number in range(1, 21)),
+)
 _LINES = (
     "判断文本对对象的态度：A.支持，B.反对，C.中立。",
     "What is the policy stance? A. dovish, B. hawkish, C. neutral.",
@@ -64,7 +73,7 @@ def _meeting(rng: random.Random) -> str:
         f"Mover: {facts['mover']}.",
         f"Seconder: {facts['seconder']}.",
         f"Vote: {facts['ayes']} to {facts['noes']}.",
-        "Approved." if facts["result"] == "passes" else "Rejected.",
+        "It was approved." if facts["result"] == "passes" else "It was rejected.",
     ]
     rng.shuffle(notes)
     return f"{text} {' '.join(notes)}"
@@ -112,15 +121,13 @@ def _parts(rng: random.Random) -> str:
 
 def _story(rng: random.Random) -> str:
     who, thing = rng.choice(lexicon.PEOPLE), rng.choice(lexicon.OBJECTS)
-    first, second = rng.choice(lexicon.SUM_FIRST), rng.choice(lexicon.SUM_SECOND)
     if rng.random() < 0.5:
+        first, second, result = numbers.draw_sum(rng)
         sign, change = "plus", f"{rng.choice(lexicon.GAINS)} {second} more"
-        result = first + second
     else:
-        first, second = max(first, second) + 1, min(first, second)
+        first, second, result = numbers.draw_difference(rng)
         sign, change = "minus", f"{rng.choice(lexicon.LOSSES)} {second}"
-        result = first - second
-    if rng.random() < 0.25:
+    if rng.random() < 0.3:
         return (
             f"Question: What is {first} {sign} {second}? "
             f"Answer: {first} {sign} {second} is {result}."
@@ -160,20 +167,26 @@ def _reading(rng: random.Random) -> str:
     return f"{facts} Question: {question} Answer: {answer}"
 
 
+def _echo(rng: random.Random) -> str:
+    words = " ".join(rng.sample(_ECHOED, rng.randint(3, 6)))
+    return f"{words} ; {words}"
+
+
 def _line(rng: random.Random) -> str:
     return rng.choice(_LINES)
 
 
 KINDS: tuple[tuple[Kind, int, int], ...] = (
-    (_opinion, 12, 2),
-    (_policy, 10, 2),
+    (_opinion, 8, 2),
+    (_policy, 7, 2),
     (_meeting, 12, 1),
-    (_code, 9, 1),
-    (_science, 14, 3),
-    (_parts, 22, 3),
-    (_story, 18, 2),
+    (_code, 12, 1),
+    (_science, 9, 3),
+    (_parts, 16, 3),
+    (_story, 24, 3),
     (_german, 12, 2),
-    (_reading, 10, 1),
+    (_reading, 12, 1),
+    (_echo, 10, 1),
     (_line, 2, 1),
 )
 """Every kind of document with its share and the number of pieces that make one document."""

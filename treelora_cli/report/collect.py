@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from treelora_cli.report import metrics
 from treelora_cli.report.losses import loss_curves
 from treelora_cli.report.model import SYNTHETIC, LossPoint, RunReport, TaskReport
 from treelora_cli.report.words import clean, clean_document, clean_lines, marked
+from treelora_cli.report.scoring import Scored, score
 from treelora_cli.rundir.atomic import committed
 from treelora_cli.rundir.events import read_events
 from treelora_cli.rundir.jsonfile import read_json
@@ -20,7 +22,6 @@ from treelora_cli.rundir.layout import RunDir
 from treelora_cli.rundir.scores import Cell, Scores
 
 Json = dict[str, Any]
-ZERO_SHOT = "zero shot"
 
 
 def collect(run_path: Path) -> RunReport:
@@ -36,94 +37,41 @@ def collect(run_path: Path) -> RunReport:
     """
     run = RunDir.open(run_path)
     info = run.info.to_json()
-    events = read_events(run.events)
     cells = Scores.load(run.scores).cells
-    entries: list[Json] = info["tasks"]
     mode = _text(info.get("mode")) or "latest"
-    scored = _score(entries, cells, mode, _text(info.get("decoding")))
-    tasks = _tasks(run, info, entries, cells, events, scored)
-    return _report(run_path, run, info, tasks, cells, scored)
+    scored = score(info["tasks"], cells, mode, _text(info.get("decoding")))
+    sources = _Sources(run, info, cells, read_events(run.events), scored)
+    return _report(run_path, sources, _tasks(sources))
 
 
-class _Scored:
-    """The numbers of one run in one adapter mode; see :class:`RunReport` for the attributes."""
+@dataclass(frozen=True, slots=True)
+class _Sources:
+    """What was read of one run directory."""
 
-    def __init__(
-        self,
-        names: list[str],
-        R: list[list[float | None]],
-        zero_shot: list[float | None],
-        learned: int,
-        mode: str,
-        decoding: str | None,
-    ) -> None:
-        self.names, self.zero_shot = names, zero_shot
-        self.R = R[:learned]
-        self.learned, self.mode, self.decoding = learned, mode, decoding
-
-    def missing(self) -> list[tuple[str, str]]:
-        """Places (after, task) that OP_n, BWT, forgetting or FWT needs and that are empty."""
-        found = [
-            (ZERO_SHOT, self.names[j])
-            for j in range(1, self.learned)
-            if self.zero_shot[j] is None and self.mode != "own"
-        ]
-        for i, row in enumerate(self.R):
-            # Row i also holds the score on the task that comes next, which FWT needs.
-            needed = range(i, i + 1) if self.mode == "own" else range(min(i + 2, self.learned))
-            found += [(f"after {self.names[i]}", self.names[j]) for j in needed if row[j] is None]
-        return found
+    run: RunDir
+    info: Json
+    cells: list[Cell]
+    events: list[Json]
+    scored: Scored
 
 
-def _score(
-    entries: Sequence[Json], cells: Sequence[Cell], mode: str, decoding: str | None
-) -> _Scored:
-    names = [str(entry["name"]) for entry in entries]
-    if decoding is None:
-        of_mode = [cell for cell in metrics.full_cells(cells) if cell.adapter == mode]
-        decoding = metrics.most_common_decoding(of_mode)
-    R = metrics.matrix_from_scores(cells, names, mode, decoding)
-    zero_shot = metrics.zero_shot_from_scores(cells, names, decoding)
-    return _Scored(names, R, zero_shot, _learned(entries, R), mode, decoding)
-
-
-def _learned(entries: Sequence[Json], R: Sequence[Sequence[float | None]]) -> int:
-    """How many leading tasks the numbers cover: all trained, the last one evaluated as well.
-
-    A task that is trained while its evaluation still runs would leave every number empty; the
-    row before it is complete and says more.
-    """
-    trained = 0
-    for entry in entries:
-        if entry.get("status") not in ("trained", "finished"):
-            break
-        trained += 1
-    evaluating = trained > 1 and entries[trained - 1].get("status") == "trained"
-    return trained - 1 if evaluating and metrics.op(R, trained) is None else trained
-
-
-def _tasks(
-    run: RunDir,
-    info: Json,
-    entries: Sequence[Json],
-    cells: Sequence[Cell],
-    events: Sequence[Mapping[str, Any]],
-    scored: _Scored,
-) -> tuple[TaskReport, ...]:
-    curves = loss_curves(events)
+def _tasks(sources: _Sources) -> tuple[TaskReport, ...]:
+    scored = sources.scored
+    curves = loss_curves(sources.events)
     seconds = {
         event.get("task"): event.get("seconds")
-        for event in events
-        if event.get("kind") == "task_finished" and isinstance(event.get("seconds"), dict)
+        for event in sources.events
+        if event.get("kind") == "task_finished"
     }
-    rows = _rows(cells, scored)
+    rows = _rows(sources.cells, scored)
     tasks = []
-    for j, entry in enumerate(entries):
+    for j, entry in enumerate(sources.info["tasks"]):
         name = scored.names[j]
-        stored = _task_document(run.task_dir(j, name))
-        known = {**entry, **stored, "status": entry.get("status")}
+        stored = _task_document(sources.run.task_dir(j, name))
+        known = {**entry, **stored, "status": entry["status"], "rows": rows.get(name)}
         known["seconds"] = {**_mapping(known.get("seconds")), **_mapping(seconds.get(name))}
-        tasks.append(_task(known, j, info, scored, rows.get(name), curves.get(name, ())))
+        known["builtin"] = bool(sources.info["builtin_data"])
+        tasks.append(_task(known, j, scored, curves.get(name, ())))
     return tuple(tasks)
 
 
@@ -133,16 +81,8 @@ def _task_document(folder: Path) -> Json:
     return (read_document(place / "task.json") if place else None) or {}
 
 
-def _task(
-    known: Json,
-    j: int,
-    info: Json,
-    scored: _Scored,
-    rows: int | None,
-    loss: tuple[LossPoint, ...],
-) -> TaskReport:
-    builtin = bool(info.get("builtin_data"))
-    synthetic = builtin or bool(known.get("synthetic"))
+def _task(known: Json, j: int, scored: Scored, loss: tuple[LossPoint, ...]) -> TaskReport:
+    synthetic = known["builtin"] or bool(known.get("synthetic"))
     learned = j < scored.learned
     name = clean(scored.names[j])
     steps = _whole(known.get("steps"))
@@ -152,12 +92,12 @@ def _task(
         metric=_text(known.get("metric")),
         language=_text(known.get("language")),
         synthetic=synthetic,
-        label=marked(name, synthetic, SYNTHETIC if builtin else "synthetic"),
+        label=marked(name, synthetic, SYNTHETIC if known["builtin"] else "synthetic"),
         own=scored.R[j][j] if learned else None,
         final=scored.R[-1][j] if learned else None,
         zero_shot=scored.zero_shot[j],
         chance=_number(known.get("chance")),
-        rows=rows,
+        rows=known["rows"],
         train_seconds=_number(known["seconds"].get("train")),
         evaluate_seconds=_number(known["seconds"].get("evaluate")),
         steps=loss[-1].step if steps is None and loss else steps,
@@ -166,7 +106,7 @@ def _task(
     )
 
 
-def _rows(cells: Sequence[Cell], scored: _Scored) -> dict[str, int]:
+def _rows(cells: Sequence[Cell], scored: Scored) -> dict[str, int]:
     """Test rows behind the scores of each task, the most where cells differ."""
     rows: dict[str, int] = {}
     for cell in metrics.full_cells(cells, scored.decoding):
@@ -175,15 +115,9 @@ def _rows(cells: Sequence[Cell], scored: _Scored) -> dict[str, int]:
     return rows
 
 
-def _report(
-    run_path: Path,
-    run: RunDir,
-    info: Json,
-    tasks: tuple[TaskReport, ...],
-    cells: Sequence[Cell],
-    scored: _Scored,
-) -> RunReport:
-    builtin_base = bool(info.get("builtin_base"))
+def _report(run_path: Path, sources: _Sources, tasks: tuple[TaskReport, ...]) -> RunReport:
+    run, info, scored = sources.run, sources.info, sources.scored
+    builtin_base = bool(info["builtin_base"])
     R = scored.R
     return RunReport(
         path=clean(str(run_path)),
@@ -206,7 +140,7 @@ def _report(
         forgetting=metrics.forgetting(R),
         fwt=metrics.fwt(R, scored.zero_shot),
         missing=tuple((clean(after), clean(task)) for after, task in scored.missing()),
-        limited_cells=sum(cell.limited for cell in cells),
+        limited_cells=sum(cell.limited for cell in sources.cells),
         train_seconds=_total(task.train_seconds for task in tasks),
         evaluate_seconds=_total(task.evaluate_seconds for task in tasks),
         tree=read_tree(run.tree_json),

@@ -7,42 +7,48 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 from treelora_cli.report.model import RunReport, TaskReport
-from treelora_cli.report.svg import Scale, element, nice_ticks, picture, shorten, tick_text
+from treelora_cli.report.svg import Scale, element, nice_ticks, picture, text_width, tick_text
 from treelora_cli.report.words import percent
 
 STYLES = 8
 """Lines differ in colour, dash and marker; after this many they start anew."""
 
-_WIDTH, _HEIGHT = 440, 250
-_LOSS_WIDTH, _LOSS_HEIGHT = 920, 250
+NARROW, WIDE = 440, 940
+"""Widths of a picture beside another and of one across the page, in pixels."""
+
+_HEIGHT = 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 42, 14, 14, 36
 
 
-def op_curves(reports: Sequence[RunReport], names: Sequence[str]) -> Markup | None:
+def op_curves(
+    reports: Sequence[RunReport], names: Sequence[str], width: int = NARROW, only: str = ""
+) -> Markup | None:
     """Return OP_n against n, one line per run; None when no OP was measured.
 
     Args:
         reports: the runs.
         names: what each is called, in the same order.
+        width: pixels.
+        only: as in :func:`treelora_cli.report.svg.picture`.
     """
     known = [100 * op for report in reports for op in report.op_curve if op is not None]
     if not known:
         return None
     ticks = nice_ticks(max(0.0, min(known) - 2), min(100.0, max(known) + 2))
     last = max(len(report.op_curve) for report in reports)
-    x = Scale(1, last, _LEFT + 10, _WIDTH - _RIGHT - 10)
+    x = Scale(1, last, _LEFT + 10, width - _RIGHT - 10)
     y = Scale(ticks[0], ticks[-1], _HEIGHT - _BOTTOM, _TOP)
-    parts = _y_axis(ticks, y, _WIDTH)
-    step = max(1, -(-last // 12))
+    parts = _y_axis(ticks, y, width)
+    step = max(1, -(-last // (width // 36)))
     for n in range(1, last + 1):
         if (n - 1) % step == 0:
-            parts.append(_below(str(n), x(n), _HEIGHT))
-    middle = (_LEFT + _WIDTH - _RIGHT) / 2
+            parts.append(_below(str(n), x(n)))
+    middle = (_LEFT + width - _RIGHT) / 2
     parts.append(element("text", "tasks learned", x=middle, y=_HEIGHT - 4, class_="axis mid"))
     for position, (report, name) in enumerate(zip(reports, names, strict=True)):
         parts += _op_line(report, name, position % STYLES, x, y)
     label = f"OP after each task for {', '.join(names)}"
-    return picture(_WIDTH, _HEIGHT, label, *parts)
+    return picture(width, _HEIGHT, label, *parts, only=only)
 
 
 def _op_line(report: RunReport, name: str, style: int, x: Scale, y: Scale) -> list[Markup]:
@@ -76,59 +82,73 @@ def key(style: int) -> Markup:
     return sample
 
 
-def loss_curve(tasks: Sequence[TaskReport]) -> Markup | None:
+def loss_curve(tasks: Sequence[TaskReport], width: int = WIDE, only: str = "") -> Markup | None:
     """Return the training loss along the whole stream; None when no step was recorded.
 
     Args:
         tasks: the tasks in order; each that has a curve takes a stretch as long as its steps.
+        width: pixels.
+        only: as in :func:`treelora_cli.report.svg.picture`.
     """
     drawn = [(n, task) for n, task in enumerate(tasks, start=1) if task.loss]
     if not drawn:
         return None
     length = sum(task.loss[-1].step for _, task in drawn)
-    ticks = nice_ticks(0, max(point.loss for _, task in drawn for point in task.loss), 4)
-    x = Scale(0, length, _LEFT, _LOSS_WIDTH - _RIGHT)
-    y = Scale(ticks[0], ticks[-1], _LOSS_HEIGHT - _BOTTOM, _TOP + 12)
+    ticks = nice_ticks(0, max(point.loss for _, task in drawn for point in task.loss))
+    x = Scale(0, length, _LEFT, width - _RIGHT)
+    y = Scale(ticks[0], ticks[-1], _HEIGHT - _BOTTOM, _TOP + 12)
     parts: list[Markup] = []
     lines: list[Markup] = []
     start = 0
-    for position, (number, task) in enumerate(drawn):
+    for (number, task), shown in zip(drawn, _above(drawn, x), strict=True):
         end = start + task.loss[-1].step
-        parts += _stretch(number, task.name, x(start), x(end), position % 2 == 1)
+        parts += _stretch(number, shown, task.name, (x(start), x(end)))
         lines.append(_line([(x(start + p.step), y(p.loss)) for p in task.loss], "line s0 thin"))
         start = end
-    parts += _y_axis(ticks, y, _LOSS_WIDTH)
-    parts += [_below(tick_text(tick), x(tick), _LOSS_HEIGHT) for tick in _inside(length)]
-    middle = (_LEFT + _LOSS_WIDTH - _RIGHT) / 2
-    axis = element("text", "optimizer steps", x=middle, y=_LOSS_HEIGHT - 4, class_="axis mid")
+    parts += _y_axis(ticks, y, width)
+    parts += [_below(tick_text(tick), x(tick)) for tick in _inside(length, width)]
+    middle = (_LEFT + width - _RIGHT) / 2
+    axis = element("text", "optimizer steps", x=middle, y=_HEIGHT - 4, class_="axis mid")
     label = f"Training loss over {length} steps of {len(drawn)} tasks"
-    return picture(_LOSS_WIDTH, _LOSS_HEIGHT, label, *parts, *lines, axis, fluid=False)
+    return picture(width, _HEIGHT, label, *parts, *lines, axis, only=only)
 
 
-def _inside(length: int) -> list[float]:
-    ticks = nice_ticks(0, length, 8)
+def _inside(length: int, width: int) -> list[float]:
+    ticks = nice_ticks(0, length, width // 110)
     return [tick for tick in ticks if tick <= length and tick == int(tick)]
 
 
-def _stretch(number: int, name: str, left: float, right: float, shaded: bool) -> list[Markup]:
-    """The background of one task, with as much of its name as fits above."""
-    room = int((right - left) / 6.6)
-    shown = f"{number} {name}" if len(name) + 3 <= room else ""
-    if not shown and room >= 8:
-        shown = f"{number} {shorten(name, room - 3)}"
-    if not shown and room >= 2:
-        shown = str(number)
-    box = element(
-        "rect",
-        element("title", f"{number} {name}"),
-        x=left,
-        y=_TOP + 2,
-        width=right - left,
-        height=_LOSS_HEIGHT - _BOTTOM - _TOP - 2,
-        class_="band" if shaded else "clear",
-    )
-    text = element("text", shown, x=(left + right) / 2, y=_TOP, class_="axis mid")
-    return [box, text] if shown else [box]
+def _stretch(number: int, shown: str, name: str, box: tuple[float, float]) -> list[Markup]:
+    """The background of one task, every second one shaded, and what fits above it."""
+    left, right = box
+    parts = [
+        element(
+            "rect",
+            element("title", f"{number} {name}"),
+            x=left,
+            y=_TOP + 2,
+            width=right - left,
+            height=_HEIGHT - _BOTTOM - _TOP - 2,
+            class_="clear" if number % 2 else "band",
+        )
+    ]
+    if shown:
+        middle = (left + right) / 2
+        parts.append(element("text", shown, x=middle, y=_TOP - 2, class_="axis mid"))
+    return parts
+
+
+def _above(drawn: Sequence[tuple[int, TaskReport]], x: Scale) -> list[str]:
+    """What stands above each stretch: names where all fit, else numbers where they fit."""
+    rooms = [x(task.loss[-1].step) - x(0) for _, task in drawn]
+    full = [f"{number} {task.name}" for number, task in drawn]
+    if all(text_width(text, 11) + 4 <= room for text, room in zip(full, rooms, strict=True)):
+        return full
+    numbers = [str(number) for number, _ in drawn]
+    return [
+        text if text_width(text, 11) <= room else ""
+        for text, room in zip(numbers, rooms, strict=True)
+    ]
 
 
 def _y_axis(ticks: Sequence[float], y: Scale, width: float) -> list[Markup]:
@@ -142,9 +162,11 @@ def _y_axis(ticks: Sequence[float], y: Scale, width: float) -> list[Markup]:
     return parts
 
 
-def _below(text: str, x: float, height: float) -> Markup:
-    return element("text", text, x=x, y=height - _BOTTOM + 15, class_="axis mid")
+def _below(text: str, x: float) -> Markup:
+    return element("text", text, x=x, y=_HEIGHT - _BOTTOM + 15, class_="axis mid")
 
 
 def _line(points: Sequence[tuple[float, float]], class_: str) -> Markup:
-    return element("polyline", points=" ".join(f"{x:.1f},{y:.1f}" for x, y in points), class_=class_)
+    return element(
+        "polyline", points=" ".join(f"{x:.1f},{y:.1f}" for x, y in points), class_=class_
+    )

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from treelora_cli.report.svg import element, picture, shorten
 
-_ROW, _TOP, _LEFT, _LABEL, _DEPTH_ROOM = 24, 22, 14, 190, 210
+_ROW, _TOP, _LEFT, _LABEL, _DEPTH_ROOM = 24, 4, 14, 190, 210
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ def dendrogram(tree: Mapping[str, Any]) -> Markup | None:
     leaves = sum(not node.children for node in placed)
     label = f"Gradient tree of {len(names)} tasks: {leaves} leaves, depth {deepest}"
     width = edge + _LABEL
-    return picture(width, _TOP + _ROW * leaves, label, *parts, fluid=width <= 440)
+    return picture(width, 2 * _TOP + _ROW * leaves, label, *parts, fluid=width <= 440)
 
 
 def _nodes(tree: Mapping[str, Any]) -> list[dict[str, Any]] | None:
@@ -69,7 +69,7 @@ def _place(nodes: Sequence[dict[str, Any]], names: Sequence[str], step: float) -
     heights: dict[int, float] = {}
     leaves = [position for position, node in enumerate(nodes) if not node.get("children")]
     for row, position in enumerate(leaves):
-        heights[position] = _TOP + _ROW * (row + 0.5) - 8
+        heights[position] = _TOP + _ROW * (row + 0.5)
     # Children have higher ids than their parent, so going backwards meets them first.
     for position in range(len(nodes) - 1, -1, -1):
         children = nodes[position].get("children") or []
@@ -124,9 +124,7 @@ def _elbow(parent: _Placed, child: _Placed) -> Markup:
 
 
 def _inner(node: _Placed, step: float) -> list[Markup]:
-    dot = element(
-        "circle", element("title", node.tip), cx=node.x, cy=node.y, r=4, class_="node"
-    )
+    dot = element("circle", element("title", node.tip), cx=node.x, cy=node.y, r=4, class_="node")
     if step < 56:
         return [dot]
     return [dot, element("text", node.caption, x=node.x + 8, y=node.y + 4, class_="axis")]
@@ -138,6 +136,6 @@ def _leaf(node: _Placed, edge: float) -> list[Markup]:
     if edge > node.x:
         ends = {"x1": node.x + 5, "x2": edge + 4, "y1": node.y, "y2": node.y}
         parts.append(element("line", **ends, class_="leader"))
-    text = shorten(node.caption, 24)
+    text = shorten(node.caption, _LABEL - 14)
     parts.append(element("text", title, text, x=edge + 10, y=node.y + 4, class_="label"))
     return parts

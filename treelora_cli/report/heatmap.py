@@ -8,10 +8,10 @@ from markupsafe import Markup
 
 from treelora_cli.report.model import RunReport
 from treelora_cli.report.ramp import STEPS, level
-from treelora_cli.report.svg import element, picture, shorten
+from treelora_cli.report.svg import element, picture, shorten, text_width
 from treelora_cli.report.words import NOT_MEASURED, percent
 
-_LABEL = 150
+_NAME = 124.0
 _HEAD = 40
 _GAP = 8
 _LEGEND = 46
@@ -19,11 +19,12 @@ _LEGEND = 46
 
 @dataclass(frozen=True, slots=True)
 class _Size:
-    """Pixels of one cell, and how many digits behind the point fit in it."""
+    """Pixels of one cell and of the names before it, and the digits that fit behind the point."""
 
     width: int
     height: int
     digits: int
+    label: float
 
 
 def heatmap(report: RunReport) -> Markup:
@@ -32,11 +33,11 @@ def heatmap(report: RunReport) -> Markup:
     Args:
         report: a run with at least one task.
     """
-    size = _size(len(report.tasks))
+    size = _size(report)
     zero_shot = any(task.zero_shot is not None for task in report.tasks)
     top = _HEAD + (size.height + _GAP if zero_shot else 0)
     bottom = top + size.height * max(1, len(report.matrix))
-    width = max(_LABEL + size.width * len(report.tasks) + 2, 340)
+    width = max(size.label + size.width * len(report.tasks) + 2, 340)
     parts = _column_heads(report, size)
     if zero_shot:
         parts.append(_row_label("zero shot", _HEAD, size))
@@ -45,26 +46,31 @@ def heatmap(report: RunReport) -> Markup:
             parts.append(_cell(task.zero_shot, j, _HEAD, size, tip, needed=True))
     parts += _rows(report, top, size)
     parts += _diagonal(report, top, size)
-    parts.append(_legend(bottom + 22))
+    parts.append(_legend(size.label, bottom + 22))
     label = f"Scores of {len(report.tasks)} tasks after each of {len(report.matrix)} tasks"
     return picture(width, bottom + _LEGEND, label, *parts, fluid=False)
 
 
-def _size(tasks: int) -> _Size:
+def _size(report: RunReport) -> _Size:
+    tasks = len(report.tasks)
+    longest = max(text_width(shorten(task.name, _NAME)) for task in report.tasks)
+    label = max(74.0, 32 + longest)
     if tasks <= 12:
-        return _Size(48, 30, 1)
+        return _Size(46, 30, 1, label)
     if tasks <= 20:
-        return _Size(40, 26, 1)
-    return _Size(28, 22, 0)
+        return _Size(40, 26, 1, label)
+    if tasks <= 28:
+        return _Size(28, 22, 0, label)
+    return _Size(20, 18, 0, label)
 
 
 def _column_heads(report: RunReport, size: _Size) -> list[Markup]:
     parts = [
-        element("text", "score on task", x=_LABEL + 2, y=12, class_="axis"),
-        element("text", "after task", x=_LABEL - 10, y=_HEAD - 8, class_="axis end"),
+        element("text", "score on task", x=size.label + 2, y=12, class_="axis"),
+        element("text", "after task", x=size.label - 10, y=_HEAD - 8, class_="axis end"),
     ]
     for j, task in enumerate(report.tasks):
-        x = _LABEL + size.width * (j + 0.5)
+        x = size.label + size.width * (j + 0.5)
         head = (element("title", task.name), str(j + 1))
         parts.append(element("text", *head, x=x, y=_HEAD - 8, class_="head mid"))
     return parts
@@ -83,17 +89,15 @@ def _rows(report: RunReport, top: float, size: _Size) -> list[Markup]:
 
 def _row_label(name: str, y: float, size: _Size, number: int | None = None) -> Markup:
     middle = y + size.height / 2 + 4
-    short = shorten(name, 18 if number else 20)
+    short = shorten(name, _NAME)
     parts: list[str] = [element("title", name), short]
     if number is not None:
         parts.append(element("tspan", f" {number}", class_="head"))
-    return element("text", *parts, x=_LABEL - 10, y=middle, class_="label end")
+    return element("text", *parts, x=size.label - 10, y=middle, class_="label end")
 
 
-def _cell(
-    score: float | None, j: int, y: float, size: _Size, tip: str, *, needed: bool
-) -> Markup:
-    x = _LABEL + j * size.width
+def _cell(score: float | None, j: int, y: float, size: _Size, tip: str, *, needed: bool) -> Markup:
+    x = size.label + j * size.width
     place = {"x": x + 1, "y": y + 1, "width": size.width - 2, "height": size.height - 2, "rx": 3}
     center = {"x": x + size.width / 2, "y": y + size.height / 2 + 4}
     if score is None:
@@ -102,7 +106,8 @@ def _cell(
         box = element("rect", **place, class_="hole")
         return element("g", element("title", tip), box, _ink(NOT_MEASURED, center, "muted mid"))
     step = level(score)
-    text = _ink(percent(score, size.digits), center, f"cell mid i{step}")
+    small = "small " if size.width < 28 else ""
+    text = _ink(percent(score, size.digits), center, f"{small}cell mid i{step}")
     return element("g", element("title", tip), element("rect", **place, class_=f"h{step}"), text)
 
 
@@ -115,27 +120,27 @@ def _diagonal(report: RunReport, top: float, size: _Size) -> list[Markup]:
     return [
         element(
             "rect",
-            x=_LABEL + i * size.width + 1,
-            y=top + i * size.height + 1,
-            width=size.width - 2,
-            height=size.height - 2,
-            rx=3,
+            x=size.label + i * size.width,
+            y=top + i * size.height,
+            width=size.width,
+            height=size.height,
+            rx=4,
             class_="frame",
         )
         for i in range(len(report.matrix))
     ]
 
 
-def _legend(y: float) -> Markup:
+def _legend(x: float, y: float) -> Markup:
     width = 6
     swatches = [
-        element("rect", x=_LABEL + step * width, y=y, width=width, height=8, class_=f"h{step}")
+        element("rect", x=x + step * width, y=y, width=width, height=8, class_=f"h{step}")
         for step in range(STEPS + 1)
     ]
-    end = _LABEL + (STEPS + 1) * width
+    end = x + (STEPS + 1) * width
     return element(
         "g",
-        element("text", "0", x=_LABEL - 8, y=y + 9, class_="axis end"),
+        element("text", "0", x=x - 8, y=y + 9, class_="axis end"),
         *swatches,
         element("text", "100", x=end + 6, y=y + 9, class_="axis"),
     )

@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from treelora_cli.report import words
-from treelora_cli.report.curves import STYLES, key, loss_curve, op_curves
+from treelora_cli.report.curves import NARROW, STYLES, WIDE, key, loss_curve, op_curves
 from treelora_cli.report.dendrogram import dendrogram
 from treelora_cli.report.heatmap import heatmap
 from treelora_cli.report.kept import kept
@@ -35,6 +35,7 @@ def _environment() -> Environment:
         "count": words.count,
     }
     environment.globals |= {
+        "finals": words.finals,
         "covers": words.covers,
         "heading": words.heading,
         "missing_lines": words.missing_lines,
@@ -48,7 +49,9 @@ def _environment() -> Environment:
         "dendrogram": dendrogram,
         "op_curves": op_curves,
         "key": lambda position: key(position % STYLES),
-        "ramp": Markup(stylesheet()),
+        "narrow_width": NARROW,
+        "wide_width": WIDE,
+        "ramp": Markup(stylesheet()),  # noqa: S704 - made of our own constants
     }
     return environment
 
@@ -59,11 +62,15 @@ def html(reports: Sequence[RunReport]) -> str:
     Args:
         reports: one run, or several to compare before each is shown.
     """
-    page = _environment().get_template("report.html.j2").render(
-        reports=reports,
-        names=words.legends(reports),
-        notices=words.notices(reports),
-        title=_title(reports),
+    page = (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            reports=reports,
+            names=words.legends(reports),
+            notices=words.notices(reports),
+            title=_title(reports),
+        )
     )
     return page.rstrip() + "\n"
 

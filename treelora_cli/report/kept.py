@@ -39,7 +39,13 @@ def _row(number: int, task: TaskReport, y: float, x: Scale) -> list[Markup]:
     title = element("title", _tip(task))
     parts = [
         element(
-            "text", title, shorten(task.name, 17), " ", name, x=_LABEL - 12, y=y + 4,
+            "text",
+            title,
+            shorten(task.name, _LABEL - 36),
+            " ",
+            name,
+            x=_LABEL - 12,
+            y=y + 4,
             class_="label end",
         )
     ]

@@ -13,6 +13,7 @@ from treelora_cli.report.words import (
     count,
     covers,
     duration,
+    finals,
     heading,
     legends,
     marked,
@@ -40,7 +41,7 @@ def markdown(reports: Sequence[RunReport]) -> str:
         blocks.append(f"# {marked(title, any(report.synthetic for report in reports))}")
     blocks += [f"> {escaped(notice)}" for notice in notices(reports)]
     if len(reports) > 1:
-        blocks += [_comparison(reports), _definitions()]
+        blocks += [_comparison(reports), _definitions(), *_finals(reports)]
     for report in reports:
         blocks += _run(report, alone=len(reports) == 1)
     return "\n\n".join(block for block in blocks if block) + "\n"
@@ -77,6 +78,12 @@ def _comparison(reports: Sequence[RunReport]) -> str:
         for report, name in zip(reports, legends(reports), strict=True)
     ]
     return table(head, rows, left=3)
+
+
+def _finals(reports: Sequence[RunReport]) -> list[str]:
+    head = ["task", *(escaped(name) for name in legends(reports))]
+    rows = [[escaped(task), *map(percent, scores)] for task, scores in finals(reports)]
+    return ["## Final score on each task", table(head, rows)]
 
 
 def _definitions() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
@@ -37,7 +38,7 @@ def _number(value: str | float) -> str:
 
 
 def picture(
-    width: float, height: float, label: str, *children: str, fluid: bool = True
+    width: float, height: float, label: str, *children: str, fluid: bool = True, only: str = ""
 ) -> Markup:
     """Return a whole picture.
 
@@ -46,26 +47,59 @@ def picture(
         height: the height in pixels.
         label: what the picture shows, for readers who cannot see it.
         children: its elements, painted in order.
-        fluid: shrink and grow with the page; else keep the size and let the page scroll.
+        fluid: shrink, and grow a little, with the page; else keep the size and scroll.
+        only: ``wide`` or ``narrow`` for a picture meant for such a page alone.
     """
+    class_ = "fluid" if fluid else "fixed"
     return element(
         "svg",
         *children,
         viewBox=f"0 0 {_number(width)} {_number(height)}",
         width=width,
         height=height,
-        class_="fluid" if fluid else "fixed",
+        class_=f"{class_} {only}".strip(),
+        style=f"max-width:{_number(1.2 * width)}px" if fluid else None,
         role="img",
         aria_label=label,
     )
 
 
-def shorten(text: str, most: int) -> str:
-    """Cut the middle out of a long name: ends tell names of one family apart."""
-    if len(text) <= most:
+def text_width(text: str, size: float = 12) -> float:
+    """About how many pixels a text takes in a common sans-serif font; rather more than less.
+
+    Args:
+        text: one line.
+        size: the font size in pixels.
+    """
+    return size * sum(map(_advance, text))
+
+
+def _advance(character: str) -> float:
+    if unicodedata.east_asian_width(character) in "WF":
+        return 1.05
+    if character in "ijl.,:;|'! ":
+        return 0.36
+    if character in "mwMW@%…":
+        return 1.02
+    return 0.76 if character.isupper() else 0.64
+
+
+def shorten(text: str, most: float, size: float = 12) -> str:
+    """Cut the middle out of a long name: ends tell names of one family apart.
+
+    Args:
+        text: one line.
+        most: how many pixels it may take.
+        size: the font size in pixels.
+    """
+    if text_width(text, size) <= most:
         return text
-    tail = (most - 1) // 2
-    return f"{text[: most - 1 - tail]}…{text[len(text) - tail :]}"
+    for kept in range(len(text) - 1, 1, -1):
+        tail = kept // 2
+        short = f"{text[: kept - tail]}…{text[len(text) - tail :]}"
+        if text_width(short, size) <= most:
+            return short
+    return "…"
 
 
 def nice_ticks(low: float, high: float, wanted: int = 5) -> list[float]:

@@ -16,7 +16,9 @@ _UNPRINTABLE = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufffe\uffff"
     "\ud800-\udfff]"
 )
-_ESCAPE_SEQUENCE = re.compile("(?:\x1b\\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b\\][^\x07\x1b]*(?:\x07|\x1b\\\\)")
+_ESCAPE_SEQUENCE = re.compile(
+    "(?:\x1b\\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b\\][^\x07\x1b]*(?:\x07|\x1b\\\\)"
+)
 
 
 def clean(text: str) -> str:
@@ -92,7 +94,9 @@ def covers(report: RunReport) -> str:
 
 def heading(report: RunReport) -> str:
     """The title line of one run."""
-    return marked(f"{report.method} on {report.model}", report.synthetic and not report.builtin_base)
+    return marked(
+        f"{report.method} on {report.model}", report.synthetic and not report.builtin_base
+    )
 
 
 def legends(reports: Sequence[RunReport]) -> list[str]:
@@ -109,13 +113,21 @@ def legends(reports: Sequence[RunReport]) -> list[str]:
     ]
 
 
+def finals(reports: Sequence[RunReport]) -> list[tuple[str, list[float | None]]]:
+    """Each task any run has, with its final score in each run; tasks in order of appearance."""
+    labels = {task.name: task.label for report in reports for task in report.tasks}
+    by_run = [{task.name: task.final for task in report.tasks} for report in reports]
+    return [(label, [scores.get(name) for scores in by_run]) for name, label in labels.items()]
+
+
 def missing_lines(report: RunReport, most: int = 12) -> list[str]:
     """What was not measured, one line per row of R; the rest of a long list is counted."""
     grouped: dict[str, list[str]] = {}
     for after, task in report.missing:
         grouped.setdefault(after, []).append(task)
     lines = [
-        f"{after}: {', '.join(tasks[:most])}" + (f" and {len(tasks) - most} more" * (len(tasks) > most))
+        f"{after}: {', '.join(tasks[:most])}"
+        + (f" and {len(tasks) - most} more" * (len(tasks) > most))
         for after, tasks in grouped.items()
     ]
     if len(lines) > most:
@@ -141,7 +153,7 @@ def notices(reports: Sequence[RunReport]) -> list[str]:
 
 def _differences(reports: Sequence[RunReport]) -> list[str]:
     """In what the compared runs differ, where that makes their numbers hard to compare."""
-    sides = {
+    sides: dict[str, set[object]] = {
         "tasks or their order": {tuple(task.name for task in run.tasks) for run in reports},
         "number of tasks learned so far": {run.learned for run in reports},
         "model": {run.model for run in reports},

@@ -148,7 +148,7 @@ def limit_rows(task: Task, train: int | None, evaluation: int | None, seed: int)
             raise UsageError(f"found a limit of {limit} rows, expected at least 1")
     limits = {"train": train, "eval": evaluation, "test": evaluation}
     splits = {
-        split: _sample(task.splits[split], limits.get(split), f"{seed}\n{split}\n")
+        split: _sample(task, task.splits[split], limits.get(split), f"{seed}\n{split}\n")
         for split in task.splits
     }
     if splits == task.splits:
@@ -157,12 +157,13 @@ def limit_rows(task: Task, train: int | None, evaluation: int | None, seed: int)
     return dataclasses.replace(task, splits=splits, source=f"{task.source} (limited: {counts})")
 
 
-def _sample(rows: tuple[Row, ...], limit: int | None, salt: str) -> tuple[Row, ...]:
+def _sample(task: Task, rows: tuple[Row, ...], limit: int | None, salt: str) -> tuple[Row, ...]:
     if limit is None or limit >= len(rows):
         return rows
     classes: dict[str, list[int]] = {}
     for index, row in enumerate(rows):
-        classes.setdefault(row.answer, []).append(index)
+        answer = row.answer.strip()[:1] if task.reading == "first_letter" else row.answer
+        classes.setdefault(answer, []).append(index)
     if len(classes) > _MOST_CLASSES:
         classes = {"": list(range(len(rows)))}
     chosen: list[int] = []

@@ -118,7 +118,7 @@ OBJECTS = (
 GAINS = ("gets", "buys", "finds", "wins")
 LOSSES = ("loses", "sells", "gives away", "uses")
 SUM_FIRST = range(2, 11)
-SUM_SECOND = range(1, 10)
+SUM_SECOND = range(1, 7)
 
 # --- meetings ---------------------------------------------------------------------------------
 TOPICS = (

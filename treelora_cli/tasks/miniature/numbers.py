@@ -14,19 +14,33 @@ def draw_parts(rng: random.Random, _split: str) -> tuple[str, str]:
     """Draw a question on the parts of several equal things, and the product."""
     thing, count = rng.choice(lexicon.PARTS), rng.choice(lexicon.COUNTS)
     who, sees = rng.choice(lexicon.PEOPLE), rng.choice(lexicon.SEEING)
-    question = f"{who} {sees} {count} {thing.many}. How many {thing.part} do {count} {thing.many} have?"
+    question = (
+        f"{who} {sees} {count} {thing.many}. How many {thing.part} do {count} {thing.many} have?"
+    )
     return question, str(count * thing.number)
+
+
+def draw_sum(rng: random.Random) -> tuple[int, int, int]:
+    """Draw two numbers and their sum."""
+    first, second = rng.choice(lexicon.SUM_FIRST), rng.choice(lexicon.SUM_SECOND)
+    return first, second, first + second
+
+
+def draw_difference(rng: random.Random) -> tuple[int, int, int]:
+    """Draw two numbers, the greater one first, and their difference."""
+    second, rest = rng.choice(lexicon.SUM_SECOND), rng.choice(lexicon.SUM_FIRST)
+    return second + rest, second, rest
 
 
 def draw_story(rng: random.Random, _split: str) -> tuple[str, str]:
     """Draw a story in which somebody's things become more or fewer, and the new number."""
     who, thing = rng.choice(lexicon.PEOPLE), rng.choice(lexicon.OBJECTS)
-    first, second = rng.choice(lexicon.SUM_FIRST), rng.choice(lexicon.SUM_SECOND)
     if rng.random() < 0.5:
-        change, result = f"{rng.choice(lexicon.GAINS)} {second} more", first + second
+        first, second, result = draw_sum(rng)
+        change = f"{rng.choice(lexicon.GAINS)} {second} more"
     else:
-        first, second = max(first, second) + 1, min(first, second)
-        change, result = f"{rng.choice(lexicon.LOSSES)} {second}", first - second
+        first, second, result = draw_difference(rng)
+        change = f"{rng.choice(lexicon.LOSSES)} {second}"
     question = f"{who} has {first} {thing}. {who} {change}. How many {thing} does {who} have now?"
     return question, str(result)
 
