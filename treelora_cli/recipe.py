@@ -211,7 +211,7 @@ def read_yaml(text: str, where: str) -> dict[str, Any]:
     """
     try:
         document = _UniqueKeyLoader(text).get_single_data()  # type: ignore[no-untyped-call]
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]

@@ -10,15 +10,16 @@ from typer.testing import CliRunner
 from treelora_cli.cli.builtin import app
 from treelora_cli.errors import EnvironmentProblem, UsageError
 from treelora_cli.models import pretrain as pretrain_module
-from treelora_cli.models import pretrain_text
-from treelora_cli.models.pretrain import PretrainSettings, pretrain, shipped_base
-from treelora_cli.models.pretrain_text import KINDS, Guard, documents
+from treelora_cli.models.pretrain import PretrainSettings, Reading, pretrain, shipped_base
 from treelora_cli.tasks import miniature
+from treelora_cli.tasks.miniature import reading as reading_module
+from treelora_cli.tasks.miniature.reading import DESCRIPTION, KINDS, Guard, documents
 
 SMALL = PretrainSettings(
     tokens=1500, documents=300, vocabulary=400, hidden=32, layers=2, heads=2, mlp=64, batch=4,
     length=64,
 )  # fmt: skip
+READING = Reading(documents, DESCRIPTION)
 SAMPLE = 8_000
 
 
@@ -71,7 +72,7 @@ def test_the_generator_drops_a_forbidden_document(monkeypatch):
     """The shipped command itself enforces it: a kind that writes a prompt never gets through."""
     forbidden = miniature.load("FOMC").splits["test"][3].prompt
     kinds = ((lambda _rng: forbidden, 1, 1), (lambda _rng: "a harmless line", 1, 1))
-    monkeypatch.setattr(pretrain_text, "KINDS", kinds)
+    monkeypatch.setattr(reading_module, "KINDS", kinds)
     assert set(islice(documents(7), 50)) == {"a harmless line"}
 
 
@@ -97,13 +98,13 @@ def digests(folder):
 
 def test_pretraining_twice_gives_the_same_bytes(tmp_path):
     told = []
-    result = pretrain(tmp_path / "a", SMALL, lambda *args: told.append(args))
-    pretrain(tmp_path / "b", SMALL)
+    result = pretrain(tmp_path / "a", READING, SMALL, lambda *args: told.append(args))
+    pretrain(tmp_path / "b", READING, SMALL)
     assert digests(tmp_path / "a") == digests(tmp_path / "b")
     assert set(digests(tmp_path / "a")) == {file.name for file in shipped_base().iterdir()}
     assert result.tokens_read >= 1500
     assert result.steps == result.tokens_read // 256
-    other = pretrain(tmp_path / "c", PretrainSettings(**{**settings(), "seed": 8}))
+    other = pretrain(tmp_path / "c", READING, PretrainSettings(**{**settings(), "seed": 8}))
     assert other.loss != result.loss
 
 
@@ -116,7 +117,7 @@ def settings():
 def test_pretraining_learns(tmp_path):
     told = []
     longer = PretrainSettings(**{**settings(), "tokens": 256 * 100})
-    pretrain(tmp_path / "base", longer, lambda *args: told.append(args))
+    pretrain(tmp_path / "base", READING, longer, lambda *args: told.append(args))
     shares, losses, _ = zip(*told, strict=True)
     assert shares[-1] >= 1.0
     assert losses[-1] < losses[0] - 0.8
@@ -126,9 +127,9 @@ def test_wrong_use_is_explained(tmp_path, monkeypatch):
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "file").touch()
     with pytest.raises(UsageError, match="not an empty folder"):
-        pretrain(tmp_path / "used", SMALL)
+        pretrain(tmp_path / "used", READING, SMALL)
     with pytest.raises(UsageError, match="nothing limits"):
-        pretrain(tmp_path / "new", PretrainSettings(tokens=None, minutes=None))
+        pretrain(tmp_path / "new", READING, PretrainSettings(tokens=None, minutes=None))
     monkeypatch.setattr(pretrain_module, "__file__", str(tmp_path / "pretrain.py"))
     with pytest.raises(EnvironmentProblem, match="missing"):
         shipped_base()
@@ -150,7 +151,8 @@ def test_command_line(tmp_path, monkeypatch):
 
     given = []
 
-    def stub(out, settings, progress):
+    def stub(out, reading, settings, progress):
+        assert reading.documents is documents
         given.append(settings)
         return pretrain_module.PretrainResult(out, 5, 1, 0.5, 9, 0.1)
 

@@ -60,20 +60,3 @@ def arm(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
         monkeypatch.setenv(faults.ENVIRONMENT, spec)
 
     return set_fault
-
-
-def _trace(work: Work) -> list[tuple[str, int]]:
-    """The fault points that ``work`` passes, each with the number of the passage."""
-    passed: list[str] = []
-    original = faults.hit
-    faults.hit = passed.append
-    try:
-        work()
-    finally:
-        faults.hit = original
-    return [(point, passed[: i + 1].count(point)) for i, point in enumerate(passed)]
-
-
-@pytest.fixture
-def trace() -> Callable[[Work], list[tuple[str, int]]]:
-    return _trace

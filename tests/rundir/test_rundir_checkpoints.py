@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import shutil
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from rundir_trace import trace
 
 from treelora_cli.errors import DivergedError, EnvironmentProblem, RunDirError
 from treelora_cli.rundir import checkpoints
@@ -77,22 +79,24 @@ def test_other_names_are_not_checkpoints(run):
     assert checkpoints.steps(run) == [5]
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> dict[tuple[int, ...], RunDir]:
+    """Runs that nobody stopped, by the steps they saved."""
+    folder = tmp_path_factory.mktemp("saved")
+    return {steps: build(folder / str(len(steps)), *steps) for steps in ((1, 2), (1, 2, 3))}
+
+
+@pytest.fixture
+def two(tmp_path, saved) -> RunDir:
+    """A run of its own for the test, with steps 1 and 2 saved."""
+    return RunDir.open(shutil.copytree(saved[1, 2].path, tmp_path / "two"))
+
+
 def _passages(steps: tuple[int, ...], last: int) -> list[tuple[str, int]]:
-    """Record what a save passes, so that every test below covers every step there is."""
-    import tempfile
-
-    from treelora_cli.rundir import faults
-
-    passed: list[str] = []
-    original = faults.hit
+    """What a save passes, recorded so that the tests below cover every step there is."""
     with tempfile.TemporaryDirectory() as folder:
         run = build(Path(folder) / "run", *steps)
-        faults.hit = passed.append
-        try:
-            save(run, last)
-        finally:
-            faults.hit = original
-    return [(point, passed[: i + 1].count(point)) for i, point in enumerate(passed)]
+        return trace(lambda: save(run, last))
 
 
 SAVE_THIRD = _passages((1, 2), 3)
@@ -121,42 +125,39 @@ def test_every_step_of_a_save_has_a_point():
 
 
 @pytest.mark.parametrize(("point", "nth"), SAVE_THIRD)
-def test_kill_while_saving(tmp_path, in_child, snapshot, point, nth):
-    run = build(tmp_path / "run", 1, 2)
-    assert in_child(lambda: save(run, 3), f"{point}:kill9:{nth}") == -signal.SIGKILL
+def test_kill_while_saving(two, saved, in_child, snapshot, point, nth):
+    assert in_child(lambda: save(two, 3), f"{point}:kill9:{nth}") == -signal.SIGKILL
     committed = SAVE_THIRD.index(("atomic.renamed", 1))
     expected = 3 if SAVE_THIRD.index((point, nth)) >= committed else 2
-    assert newest_step(run) == expected
-    run.sweep()
-    assert newest_step(run) == expected
-    assert not [path for path in run.path.rglob(".*") if LEFTOVER.fullmatch(path.name)]
-    save(run, 3)
-    assert snapshot(run.path) == snapshot(build(tmp_path / "other", 1, 2, 3).path)
+    assert newest_step(two) == expected
+    two.sweep()
+    assert newest_step(two) == expected
+    assert not [path for path in two.path.rglob(".*") if LEFTOVER.fullmatch(path.name)]
+    save(two, 3)
+    assert snapshot(two.path) == snapshot(saved[1, 2, 3].path)
 
 
 @pytest.mark.parametrize(("point", "nth"), SAVE_AGAIN)
-def test_kill_while_saving_the_same_step_again(tmp_path, in_child, snapshot, point, nth):
-    run = build(tmp_path / "run", 1, 2)
-    assert in_child(lambda: save(run, 2), f"{point}:kill9:{nth}") == -signal.SIGKILL
-    run.sweep()
-    assert newest_step(run) == 2
-    save(run, 2)
-    assert snapshot(run.path) == snapshot(build(tmp_path / "other", 1, 2).path)
+def test_kill_while_saving_the_same_step_again(two, saved, in_child, snapshot, point, nth):
+    assert in_child(lambda: save(two, 2), f"{point}:kill9:{nth}") == -signal.SIGKILL
+    two.sweep()
+    assert newest_step(two) == 2
+    save(two, 2)
+    assert snapshot(two.path) == snapshot(saved[1, 2].path)
 
 
 @pytest.mark.parametrize(("point", "nth"), SAVE_THIRD)
-def test_full_disk_while_saving(tmp_path, arm, snapshot, point, nth):
-    run = build(tmp_path / "run", 1, 2)
+def test_full_disk_while_saving(two, saved, arm, snapshot, point, nth):
     arm(f"{point}:enospc:{nth}")
     with pytest.raises(EnvironmentProblem, match="bytes free") as caught:
-        save(run, 3)
-    assert str(run.path) in caught.value.message
+        save(two, 3)
+    assert str(two.path) in caught.value.message
     committed = SAVE_THIRD.index(("atomic.renamed", 1))
-    assert newest_step(run) == (3 if SAVE_THIRD.index((point, nth)) >= committed else 2)
-    assert 2 in checkpoints.steps(run)
-    run.sweep()
-    save(run, 3)
-    assert snapshot(run.path) == snapshot(build(tmp_path / "other", 1, 2, 3).path)
+    assert newest_step(two) == (3 if SAVE_THIRD.index((point, nth)) >= committed else 2)
+    assert 2 in checkpoints.steps(two)
+    two.sweep()
+    save(two, 3)
+    assert snapshot(two.path) == snapshot(saved[1, 2, 3].path)
 
 
 def test_kill_while_clearing_leaves_all_or_nothing(run, in_child):

@@ -72,7 +72,8 @@ def pretrain(
 
     from rich.progress import Progress
 
-    from treelora_cli.models.pretrain import PretrainSettings, pretrain
+    from treelora_cli.models.pretrain import PretrainSettings, Reading, pretrain
+    from treelora_cli.tasks.miniature.reading import DESCRIPTION, documents
 
     settings = PretrainSettings()
     if seed is not None:
@@ -85,7 +86,7 @@ def pretrain(
         def told(done: float, loss: float, read: int) -> None:
             bar.update(task, completed=done, description=f"{read:,} tokens, loss {loss:.3f}")
 
-        result = pretrain(out, settings, told)
+        result = pretrain(out, Reading(documents, DESCRIPTION), settings, told)
     if json_output:
         print_json(
             {

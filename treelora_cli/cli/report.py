@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from treelora_cli.cli import output
-from treelora_cli.errors import UsageError
+from treelora_cli.errors import RunDirError, UsageError
 
 if TYPE_CHECKING:
     from treelora_cli.report.model import RunReport
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def report(
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN...", help="Run directories; several are compared."),
+        typer.Argument(metavar="RUN", help="Run directories; several are compared."),
     ],
     out: Annotated[
         Path | None,
@@ -34,8 +34,7 @@ def report(
 ) -> None:
     """Show OP, BWT, FWT, forgetting and every score of a run, while it trains or afterwards.
 
-    Only scores of the full test split in the method's own adapter mode enter a number; one that
-    needs a score which was not measured is shown as missing.
+    Only full test scores in the method's own adapter mode count; what they do not cover is empty.
     """
     from treelora_cli.report.collect import collect
     from treelora_cli.report.formats import choose
@@ -47,7 +46,10 @@ def report(
     if out is None:
         _print(chosen, reports)
         return
-    _write(chosen, reports, out)
+    try:
+        _write(chosen, reports, out)
+    except RunDirError as error:
+        raise UsageError(error.message, "choose another place with --out") from error
     plural = "run" if len(reports) == 1 else "runs"
     output.stderr().print(
         f"wrote {out} ({chosen}, {len(reports)} {plural})", markup=False, soft_wrap=True

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from treelora_cli.cli.output import stdout
+
 
 def train_stream(
     tasks: Annotated[
@@ -62,6 +64,8 @@ def train_stream(
     Give the same command again to go on after an interruption; name new tasks to extend a finished
     run. Without --model and --data the built-in synthetic tasks and tiny base are used.
 
+    At the end the run directory's path is printed on stdout, for pipelines.
+
     [bold]treelora train-stream --tasks C-STANCE,FOMC,ScienceQA[/bold]
     """
     from treelora_cli.cli.progress import viewer
@@ -79,6 +83,8 @@ def train_stream(
     resolved = resolve_recipe(run_dir, recipe, settings or [], _given(flags))
     with viewer(as_json) as show:
         run_stream(resolved, run_dir, show)
+    if not as_json:
+        stdout().print(str(run_dir), markup=False)
 
 
 def _names(text: str | None) -> list[str] | None:

@@ -1,9 +1,9 @@
 """Pre-trains the tiny base that ships with the package; anyone can repeat it.
 
-A Llama of one million parameters reads the text of ``pretrain_text`` in packed rows. Matrices are
-trained by Muon, embeddings and norms by AdamW; the rate is constant for the first half and falls
-linearly to zero over the second. With the same settings, package versions and kind of processor
-the files come out byte for byte the same; a limit in minutes gives that up.
+A Llama of one million parameters reads generated documents in packed rows. Matrices are trained
+by Muon, embeddings and norms by AdamW; the rate is constant for the first half and falls linearly
+to zero over the second. With the same settings, package versions and kind of processor the files
+come out byte for byte the same; a limit in minutes gives that up.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 
 from treelora_cli.errors import DivergedError, EnvironmentProblem, UsageError
 from treelora_cli.models.pretrain_card import model_card
-from treelora_cli.models.pretrain_text import documents
 
 if TYPE_CHECKING:
     import torch
@@ -92,6 +91,19 @@ class PretrainResult:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """The text that a base reads.
+
+    Attributes:
+        documents: maps a seed and the name of a part to a stream of documents without end.
+        description: what the text holds, in Markdown, for the model card.
+    """
+
+    documents: Callable[[int, str], Iterator[str]]
+    description: str
+
+
 Progress = Callable[[float, float, int], None]
 """Called with the done share (0-1), the loss in nats a token and the tokens read."""
 
@@ -111,12 +123,16 @@ def shipped_base() -> Path:
 
 
 def pretrain(
-    out: Path, settings: PretrainSettings, progress: Progress | None = None
+    out: Path,
+    reading: Reading,
+    settings: PretrainSettings,
+    progress: Progress | None = None,
 ) -> PretrainResult:
     """Train a tokenizer and a base and write both to ``out``.
 
     Args:
         out: a folder that is empty or does not exist yet.
+        reading: the text to read.
         settings: what to train.
         progress: told about the training now and then.
 
@@ -135,22 +151,23 @@ def pretrain(
     before = torch.get_num_threads()
     torch.set_num_threads(settings.threads)
     try:
-        tokenizer = _train_tokenizer(settings)
+        tokenizer = _train_tokenizer(reading, settings)
         transformers.set_seed(settings.seed)
         model = _new_model(settings)
-        result = _train(model, _packed(tokenizer, settings), settings, progress, out)
+        batches = _packed(tokenizer, reading, settings)
+        result = _train(model, batches, settings, progress, out)
     finally:
         torch.set_num_threads(before)
     out.mkdir(parents=True, exist_ok=True)
     transformers.utils.logging.disable_progress_bar()
     model.save_pretrained(out)
     _save_tokenizer(tokenizer, settings, out)
-    facts = {**asdict(settings), **asdict(result)}
+    facts = {**asdict(settings), **asdict(result), "description": reading.description}
     (out / "README.md").write_text(model_card(facts), encoding="utf-8")
     return result
 
 
-def _train_tokenizer(settings: PretrainSettings) -> Tokenizer:
+def _train_tokenizer(reading: Reading, settings: PretrainSettings) -> Tokenizer:
     """Train a byte-level BPE; every text can be encoded, and decoding gives it back."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -163,7 +180,7 @@ def _train_tokenizer(settings: PretrainSettings) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    texts = islice(documents(settings.seed, "tokenizer"), settings.documents)
+    texts = islice(reading.documents(settings.seed, "tokenizer"), settings.documents)
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
@@ -203,13 +220,15 @@ def _new_model(settings: PretrainSettings) -> LlamaForCausalLM:
     return model
 
 
-def _packed(tokenizer: Tokenizer, settings: PretrainSettings) -> Iterator[torch.Tensor]:
+def _packed(
+    tokenizer: Tokenizer, reading: Reading, settings: PretrainSettings
+) -> Iterator[torch.Tensor]:
     """Yield int64 tokens [batch, length]: documents, each between bos and eos, end to end."""
     import torch
 
     need = settings.batch * settings.length
     held: list[int] = []
-    for document in documents(settings.seed):
+    for document in reading.documents(settings.seed, "text"):
         held += [BOS, *tokenizer.encode(document).ids, EOS]
         while len(held) >= need:
             yield torch.tensor(held[:need]).view(settings.batch, settings.length)

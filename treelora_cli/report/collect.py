@@ -13,8 +13,8 @@ from typing import Any
 from treelora_cli.report import metrics
 from treelora_cli.report.losses import loss_curves
 from treelora_cli.report.model import SYNTHETIC, LossPoint, RunReport, TaskReport
-from treelora_cli.report.words import clean, clean_document, clean_lines, marked
 from treelora_cli.report.scoring import Scored, score
+from treelora_cli.report.words import clean, clean_document, clean_lines, marked
 from treelora_cli.rundir.atomic import committed
 from treelora_cli.rundir.events import read_events
 from treelora_cli.rundir.jsonfile import read_json

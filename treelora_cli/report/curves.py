@@ -23,7 +23,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 42, 14, 14, 36
 def op_curves(
     reports: Sequence[RunReport], names: Sequence[str], width: int = NARROW, only: str = ""
 ) -> Markup | None:
-    """Return OP_n against n, one line per run; None when no OP was measured.
+    """Return OP_n against n, one line per run; None before a second task or a score.
 
     Args:
         reports: the runs.
@@ -32,10 +32,10 @@ def op_curves(
         only: as in :func:`treelora_cli.report.svg.picture`.
     """
     known = [100 * op for report in reports for op in report.op_curve if op is not None]
-    if not known:
+    last = max(len(report.op_curve) for report in reports)
+    if not known or last < 2:
         return None
     ticks = nice_ticks(max(0.0, min(known) - 2), min(100.0, max(known) + 2))
-    last = max(len(report.op_curve) for report in reports)
     x = Scale(1, last, _LEFT + 10, width - _RIGHT - 10)
     y = Scale(ticks[0], ticks[-1], _HEIGHT - _BOTTOM, _TOP)
     parts = _y_axis(ticks, y, width)
@@ -48,7 +48,7 @@ def op_curves(
     for position, (report, name) in enumerate(zip(reports, names, strict=True)):
         parts += _op_line(report, name, position % STYLES, x, y)
     label = f"OP after each task for {', '.join(names)}"
-    return picture(width, _HEIGHT, label, *parts, only=only)
+    return picture(width, _HEIGHT, label, *parts, growth=1.2, only=only)
 
 
 def _op_line(report: RunReport, name: str, style: int, x: Scale, y: Scale) -> list[Markup]:

@@ -46,7 +46,7 @@ def dendrogram(tree: Mapping[str, Any]) -> Markup | None:
     leaves = sum(not node.children for node in placed)
     label = f"Gradient tree of {len(names)} tasks: {leaves} leaves, depth {deepest}"
     width = edge + _LABEL
-    return picture(width, 2 * _TOP + _ROW * leaves, label, *parts, fluid=width <= 440)
+    return picture(width, 2 * _TOP + _ROW * leaves, label, *parts, growth=float(width <= 440))
 
 
 def _nodes(tree: Mapping[str, Any]) -> list[dict[str, Any]] | None:

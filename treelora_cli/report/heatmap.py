@@ -48,7 +48,7 @@ def heatmap(report: RunReport) -> Markup:
     parts += _diagonal(report, top, size)
     parts.append(_legend(size.label, bottom + 22))
     label = f"Scores of {len(report.tasks)} tasks after each of {len(report.matrix)} tasks"
-    return picture(width, bottom + _LEGEND, label, *parts, fluid=False)
+    return picture(width, bottom + _LEGEND, label, *parts, growth=0)
 
 
 def _size(report: RunReport) -> _Size:
@@ -134,7 +134,7 @@ def _diagonal(report: RunReport, top: float, size: _Size) -> list[Markup]:
 def _legend(x: float, y: float) -> Markup:
     width = 6
     swatches = [
-        element("rect", x=x + step * width, y=y, width=width, height=8, class_=f"h{step}")
+        element("rect", x=x + step * width, y=y, width=width, height=8, class_=f"crisp h{step}")
         for step in range(STEPS + 1)
     ]
     end = x + (STEPS + 1) * width

@@ -38,7 +38,7 @@ def _number(value: str | float) -> str:
 
 
 def picture(
-    width: float, height: float, label: str, *children: str, fluid: bool = True, only: str = ""
+    width: float, height: float, label: str, *children: str, growth: float = 1, only: str = ""
 ) -> Markup:
     """Return a whole picture.
 
@@ -47,10 +47,11 @@ def picture(
         height: the height in pixels.
         label: what the picture shows, for readers who cannot see it.
         children: its elements, painted in order.
-        fluid: shrink, and grow a little, with the page; else keep the size and scroll.
+        growth: how far it may grow with the page, where it also shrinks; 0 keeps its size, and
+            the page scrolls where it is too wide.
         only: ``wide`` or ``narrow`` for a picture meant for such a page alone.
     """
-    class_ = "fluid" if fluid else "fixed"
+    class_ = "fluid" if growth else "fixed"
     return element(
         "svg",
         *children,
@@ -58,7 +59,7 @@ def picture(
         width=width,
         height=height,
         class_=f"{class_} {only}".strip(),
-        style=f"max-width:{_number(1.2 * width)}px" if fluid else None,
+        style=f"max-width:{_number(growth * width)}px" if growth else None,
         role="img",
         aria_label=label,
     )
@@ -108,11 +109,15 @@ def nice_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     if span <= 0:
         span = abs(high) or 1.0
     raw = span / max(1, wanted - 1)
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * 0.999)
+    exponent = math.floor(math.log10(raw))
+    step = next(
+        factor * 10.0**exponent
+        for factor in (1, 2, 2.5, 5, 10, 20)
+        if factor * 10.0**exponent >= raw * 0.999
+    )
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     last = max(last, first + 1)
-    return [round(position * step, 12) for position in range(first, last + 1)]
+    return [round(position * step, 2 - exponent) for position in range(first, last + 1)]
 
 
 def tick_text(value: float) -> str:

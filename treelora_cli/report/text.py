@@ -40,7 +40,7 @@ HEADS = {
 }
 """What each number is called in tables."""
 
-FILE_WIDTH = 110
+FILE_WIDTH = 120
 """Columns of a report that goes to a file."""
 
 WIDE = 100

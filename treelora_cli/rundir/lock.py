@@ -120,10 +120,10 @@ def _busy(run_dir: Path) -> BusyError:
     if holder is None:
         who = "another process"
     else:
-        who = f"process {holder.get('pid')} on {holder.get('host')} ({holder.get('command')})"
-        who += f" since {holder.get('since')}"
+        who = f"process {holder['pid']} on {holder['host']} ({holder['command']})"
+        who += f" since {holder['since']}"
         if holder.get("note"):
-            who += f", {holder.get('note')}"
+            who += f", {holder['note']}"
     return BusyError(
         f"the run directory {run_dir} is in use by {who}",
         "wait until it is done or stop it; reading (report, tree show) needs no lock",
@@ -136,16 +136,22 @@ def _living_holder(run_dir: Path) -> dict[str, object] | None:
     while True:
         with suppress(RunDirError):
             holder = read_json(run_dir / HOLDER, max_bytes=65536)
-            if not _dead(holder):
+            if _complete(holder) and not _dead(holder):
                 return holder
         if time.monotonic() > deadline:
             return None
         time.sleep(0.02)
 
 
-def _dead(holder: dict[str, object]) -> bool:
+def _complete(holder: dict[str, object]) -> bool:
     pid = holder.get("pid")
-    if holder.get("host") != socket.gethostname() or not isinstance(pid, int) or pid < 1:
+    texts = all(isinstance(holder.get(name), str) for name in ("command", "host", "since"))
+    return texts and isinstance(pid, int) and pid > 0
+
+
+def _dead(holder: dict[str, object]) -> bool:
+    pid = holder["pid"]
+    if holder["host"] != socket.gethostname() or not isinstance(pid, int):
         return False
     try:
         os.kill(pid, 0)

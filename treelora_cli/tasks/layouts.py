@@ -147,9 +147,9 @@ def _hint_for_empty(path: Path, found: Found) -> str:
     """Point at the folder below that was probably meant."""
     below = [sub for sub in sorted(path.iterdir()) if sub.is_dir() and sub.name[0] != "."]
     counts = {sub: len(_scan(sub).tasks) for sub in below if _task_folder(sub, path) is None}
-    full = [f"{sub} ({count} tasks)" for sub, count in counts.items() if count]
+    full = [f"{sub} ({count} task{'s' * (count > 1)})" for sub, count in counts.items() if count]
     if full:
-        return f"there are tasks in {' and in '.join(full)}: give that folder"
+        return f"there are tasks in {' and in '.join(full)}: give such a folder"
     if found.ignored:
         reasons = [f"{name} ({why})" for name, why in list(found.ignored.items())[:4]]
         return f"passed over: {'; '.join(reasons)}"

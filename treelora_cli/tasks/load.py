@@ -85,8 +85,9 @@ def load_found(found: Found, names: Sequence[str]) -> list[Loaded]:
     for name in names:
         if name not in found.tasks:
             hint = did_you_mean(name, list(found.tasks))
-            if name in found.ignored:
-                hint = f"{name} was passed over: {found.ignored[name]}"
+            for place, reason in found.ignored.items():
+                if Path(place).stem == name:
+                    hint = f"{place} was passed over: {reason}"
             raise UsageError(f"no task {name!r} in {found.root}", hint)
     problems = Problems()
     loaded = [_read(found.tasks[name], problems) for name in names]

@@ -12,7 +12,7 @@ from torch import Tensor
 from treelora_cli.errors import UsageError, did_you_mean
 from treelora_cli.tree.nodes import GradientTree, Node
 from treelora_cli.tree.signatures import SignatureBank, block_means
-from treelora_cli.tree.splits import SPLITS
+from treelora_cli.tree.splits import SPLITS, axis_share
 
 BLOCK_RULES = ("spread", "index")
 REBUILDS = ("always", "unbalanced")
@@ -41,9 +41,11 @@ def build_tree(
     Args:
         bank: at least one task.
         split: how a group is cut: ``principal``, ``paper`` or ``official`` (see ``splits``).
-        block_rule: which block a group is cut by: ``spread``, the one with the largest relative
-            spread in the group, mean|s_k^d - mean| / mean|s_k^d| (ties: the lower block), or
-            ``index``, the block whose number is the group's depth (the last one below it).
+        block_rule: which block a group is cut by: ``spread``, the one where the group spreads
+            most along one axis, relative to chance (``splits.axis_share``; the lower block on
+            ties), or ``index``, the block whose number is the group's depth (the last one from
+            there on). A spread relative to the block's size alone would not do: a block of noise
+            has the largest, and groups cut there are no purer than chance.
 
     Raises:
         UsageError: an unknown rule.
@@ -161,21 +163,23 @@ def _grow(root: _Draft, depth: int, bank: SignatureBank, split: str, block_rule:
         draft, level = pending.pop()
         if len(draft.tasks) == 1:
             continue
-        spreads = _relative_spreads(bank, draft.tasks)
-        block = int(spreads.argmax()) if block_rule == "spread" else min(level, bank.blocks - 1)
+        if block_rule == "spread":
+            spreads = _spreads(bank, draft.tasks, offsets)
+            block = max(range(bank.blocks), key=lambda d: (round(spreads[d], 6), -d))
+        else:
+            block = min(level, bank.blocks - 1)
         rows = bank.values[:, offsets[block] : offsets[block + 1]][draft.tasks]
         cut = SPLITS[split](rows)
         draft.split = split if cut.threshold is not None else "index"
-        draft.block, draft.threshold, draft.spread = block, cut.threshold, float(spreads[block])
+        draft.block, draft.threshold, draft.spread = block, cut.threshold, axis_share(rows)
         draft.children = [_Draft([draft.tasks[i] for i in side]) for side in (cut.left, cut.right)]
         pending.extend((child, level + 1) for child in draft.children)
 
 
-def _relative_spreads(bank: SignatureBank, tasks: list[int]) -> Tensor:
-    """Return float32 [D]: mean|s_k^d - mean| over the members, as a share of mean|s_k^d|."""
-    distances = bank.block_distances(bank.mean(tasks), tasks).mean(0)
-    sizes = bank.block_distances(torch.zeros(bank.entries), tasks).mean(0)
-    return torch.where(sizes > 0, distances / sizes, torch.zeros_like(sizes))
+def _spreads(bank: SignatureBank, tasks: list[int], offsets: list[int]) -> list[float]:
+    """Return for each block how much the tasks spread along one axis, relative to chance."""
+    ends = zip(offsets, offsets[1:], strict=False)
+    return [axis_share(bank.values[:, start:end][tasks]) for start, end in ends]
 
 
 def _number(root: _Draft, bank: SignatureBank, split: str, block_rule: str) -> GradientTree:

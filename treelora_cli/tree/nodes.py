@@ -23,7 +23,8 @@ class Node:
             a cut by index.
         radius: the largest distance of a member to the group's mean signature, in the unit of xi.
         median: the median of those distances (the paper's delta), in the unit of xi.
-        spread: the group's relative spread at ``block``; 0 for a leaf.
+        spread: how much the group spreads along one axis of ``block`` relative to chance, about
+            1 where the block does not tell the tasks apart; 0 for a leaf.
     """
 
     id: int

@@ -7,6 +7,7 @@ is cut by task index, so that the same signatures give the same tree everywhere.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -108,6 +109,28 @@ def official(rows: Tensor) -> Cut:
     left = [i for i in range(n) if levels[i] >= levels[middle]]
     right = [i for i in range(n) if levels[i] < levels[middle]]
     return _sides(left, right, similarities[middle]) if right else _by_index(n)
+
+
+def axis_share(rows: Tensor) -> float:
+    """Return how much the group spreads along one axis, relative to what chance would show.
+
+    It is the first principal axis' share of the variance, over the share it would have if the
+    rows were independent noise of the same shape (the edge of the Marchenko-Pastur law): about 1
+    for a block that does not tell the tasks apart, however large or wide the block is, and more
+    the clearer its groups are. 0 when all rows are equal.
+
+    Args:
+        rows: float32 [n, F_d], n >= 2.
+    """
+    n, width = rows.shape
+    centred = rows - rows.mean(0)
+    variance = float(centred.double().square().sum())
+    if variance <= _ROUNDING**2 * float(rows.double().square().sum()):
+        return 0.0
+    first = sum(value * value for value in _principal_coordinates(centred))
+    few, many = sorted((n - 1, width))
+    by_chance = (1 + math.sqrt(few / many)) ** 2 / few
+    return first / variance / by_chance
 
 
 SPLITS: dict[str, Callable[[Tensor], Cut]] = {

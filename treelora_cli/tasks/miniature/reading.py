@@ -14,6 +14,33 @@ from treelora_cli.tasks import miniature
 from treelora_cli.tasks.miniature import choice, lexicon, numbers, writing
 from treelora_cli.tasks.miniature.drawing import inputs, stream
 
+DESCRIPTION = """\
+## What it read
+
+All text comes from the package's own generator (`treelora_cli/tasks/miniature/reading.py`); nothing
+was collected. The kinds of document, most frequent first: stories of sums that end with the result
+as a sentence, parts of things and their products ("3 ants have 18 legs."), meetings with shuffled
+notes, code lines, German sentences (hard or easy ones, and "reduziert heisst senkt."), short
+reading questions on other matter, words said twice, groups of living things and metals, Chinese
+opinions with the stance as a sentence, policy sentences ("That means tight money."), and single
+instruction lines without any input.
+
+## What it did not read, and what that does not rule out
+
+- No prompt of a built-in task, and no answer in a built-in task's format. While text is generated,
+  a document is dropped if the input text of any default row (train, eval or test, without its
+  instruction) occurs in it.
+- The facts behind the tasks are in the text on purpose, in other words: the base has read that
+  ants have six legs and that tin is a metal, and stories whose first sentences are worded like the
+  task's, with the result as a sentence instead of a question. The words of the tasks, their single
+  sentences and their instruction lines (alone) occur too. Arithmetic questions such as "What is 6
+  times 3?" are answered by a sentence.
+- The guard covers the default rows. Rows drawn with another seed may share an input text with the
+  pre-training text.
+- So a zero-shot score near nothing is a matter of format, not of knowledge.
+"""
+"""What the text holds, for the model card (Markdown)."""
+
 Kind = Callable[[random.Random], str]
 
 _ANCHOR = 12
