@@ -55,7 +55,7 @@ class BusyError(TreeloraError):
     code = 5
 
 
-class EnvironmentProblem(TreeloraError):
+class EnvironmentProblem(TreeloraError):  # noqa: N818
     """A package, a device or disk space that the machine lacks."""
 
     code = 6
@@ -67,7 +67,7 @@ class DivergedError(TreeloraError):
     code = 7
 
 
-class Interrupted(TreeloraError):
+class Interrupted(TreeloraError):  # noqa: N818
     """A run stopped by a signal after its state was saved.
 
     Args:

@@ -35,7 +35,8 @@ class ModelSection(Section):
     )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
-        "auto", description="auto: flash_attention_2 if installed and on CUDA, else the model's best"
+        "auto",
+        description="auto: flash_attention_2 if installed and on CUDA, else the model's best",
     )
 
 
@@ -182,10 +183,10 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     """PyYAML's safe loader, which by itself lets a second mention of a key win silently."""
 
 
-def _mapping_with_unique_keys(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[str, Any]:
+def _mapping_with_unique_keys(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node)  # type: ignore[no-untyped-call]
+        key = loader.construct_object(key_node)
         if key in seen:
             raise yaml.constructor.ConstructorError(
                 None, None, f"the key {key!r} stands twice", key_node.start_mark
@@ -210,7 +211,7 @@ def read_yaml(text: str, where: str) -> dict[str, Any]:
         UsageError: not YAML, a key stands twice, or the document is not a mapping.
     """
     try:
-        document = _UniqueKeyLoader(text).get_single_data()  # type: ignore[no-untyped-call]
+        document = _UniqueKeyLoader(text).get_single_data()
     except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
@@ -224,7 +225,7 @@ def read_yaml(text: str, where: str) -> dict[str, Any]:
 
 
 def recipe_folders() -> list[Path]:
-    """Return the folders in which recipes are found by name: packed with the wheel, or a checkout."""
+    """Return the folders that hold named recipes: packed with the wheel, or in a checkout."""
     here = Path(__file__).resolve().parent
     return [folder for folder in (here / "_recipes", here.parent / "recipes") if folder.is_dir()]
 

@@ -62,7 +62,9 @@ def test_an_unknown_flag_is_a_usage_error(treelora) -> None:
 
 
 def test_data_without_a_model(treelora, data, tmp_path) -> None:
-    outcome = treelora("train-stream", "--tasks", "alpha", "--data", data, "--run-dir", tmp_path / "r")
+    outcome = treelora(
+        "train-stream", "--tasks", "alpha", "--data", data, "--run-dir", tmp_path / "r"
+    )
     check(outcome, 2, "needs a model")
 
 

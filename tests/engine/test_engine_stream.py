@@ -94,7 +94,10 @@ def test_stopped_at_any_step_and_resumed(
     monkeypatch.setattr(faults, "hit", hit)
     for _ in range(20):
         try:
-            assert treelora(*toy_arguments(tiny_model, toy_data, run, "alpha,beta", *arguments)).code == 0
+            assert (
+                treelora(*toy_arguments(tiny_model, toy_data, run, "alpha,beta", *arguments)).code
+                == 0
+            )
             break
         except Stop:
             continue
@@ -165,7 +168,9 @@ def test_scores_hold_the_matrix_and_what_fwt_needs(reference) -> None:
 
 def test_limited_cells_are_marked(treelora, tiny_model, toy_data, tmp_path) -> None:
     run = tmp_path / "run"
-    assert treelora(*toy_arguments(tiny_model, toy_data, run, "alpha,beta", "--limit", "4")).code == 0
+    assert (
+        treelora(*toy_arguments(tiny_model, toy_data, run, "alpha,beta", "--limit", "4")).code == 0
+    )
     cells = json.loads((run / "scores.json").read_text())["cells"]
     assert all(cell["limited"] and cell["rows"] == 4 for cell in cells)
     report = json.loads(treelora("report", run, "--json").out)
@@ -204,7 +209,11 @@ def test_other_settings_or_order_are_refused(treelora, reference, tiny_model, to
 
 def test_changed_rows_are_refused(treelora, reference, tmp_path, tiny_model) -> None:
     for kind, name in enumerate(("alpha", "beta", "gamma")):
-        rows = {"train": toy_rows(kind, 11), "eval": toy_rows(kind, 4, 12), "test": toy_rows(kind, 6, 16)}
+        rows = {
+            "train": toy_rows(kind, 11),
+            "eval": toy_rows(kind, 4, 12),
+            "test": toy_rows(kind, 6, 16),
+        }
         write_task(tmp_path / "data", name, rows)
     outcome = treelora("train-stream", "--run-dir", reference, "--data", tmp_path / "data",
                        "--model", tiny_model, "--tasks", "alpha")  # fmt: skip

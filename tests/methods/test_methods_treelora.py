@@ -10,7 +10,13 @@ import torch
 
 from treelora_cli.errors import UsageError
 from treelora_cli.methods import registry
-from treelora_cli.methods.base import StepContext, StoredTask, StreamContext, TaskContext, build_method
+from treelora_cli.methods.base import (
+    StepContext,
+    StoredTask,
+    StreamContext,
+    TaskContext,
+    build_method,
+)
 from treelora_cli.methods.treelora import TreeLora, TreeLoraSettings
 from treelora_cli.models.adapted import AdaptedModel
 from treelora_cli.models.backbone import load_backbone
@@ -25,7 +31,9 @@ def model(tiny_model: Path) -> AdaptedModel:
     return AdaptedModel(backbone, LoraSection(rank=4, dropout=0.0), 0)
 
 
-def make(model: AdaptedModel, bandit: dict[str, object] | None = None, **settings: object) -> TreeLora:
+def make(
+    model: AdaptedModel, bandit: dict[str, object] | None = None, **settings: object
+) -> TreeLora:
     method = TreeLora(TreeLoraSettings(**settings))
     method.start(StreamContext(7, BanditSection(**(bandit or {})), TreeSection()), model)
     return method
@@ -105,13 +113,16 @@ def test_penalty_and_gradient_are_the_equation(
     mean = sum(stored) / 3
     scale = [sum((block(s - mean, d)).abs().mean().item() for s in stored) / 3 for d in range(2)]
     distance = [
-        sum(block(live - s, d).abs().mean().item() / scale[d] for d in range(2)) / 2
-        for s in stored
+        sum(block(live - s, d).abs().mean().item() / scale[d] for d in range(2)) / 2 for s in stored
     ]
     chosen = min(range(3), key=lambda k: distance[k])
     path = method.tree.path_to(chosen)
     moved = [
-        sum(block(end - start, d).abs().mean().item() for start, end in zip(starts, ends, strict=True)) / 3
+        sum(
+            block(end - start, d).abs().mean().item()
+            for start, end in zip(starts, ends, strict=True)
+        )
+        / 3
         for d in range(2)
     ]
     expected, gradient = 0.0, []
@@ -235,7 +246,9 @@ def brute_force_arm(tree, deltas: list[float], log: list[tuple[int, float]], c: 
         value = sum(own) / len(own) - width
         if node.is_leaf:
             return value
-        return max(min(bound(tree.nodes[child]) for child in node.children), value - deltas[node.id])
+        return max(
+            min(bound(tree.nodes[child]) for child in node.children), value - deltas[node.id]
+        )
 
     node = tree.root
     while not node.is_leaf:

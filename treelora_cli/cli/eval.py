@@ -33,18 +33,20 @@ def evaluate(
     ] = "latest",
     tasks: Annotated[
         str | None,
-        typer.Option(help="Tasks to ask, separated by commas [default: all trained].",
-                     show_default=False),
+        typer.Option(
+            help="Tasks to ask, separated by commas [default: all trained].", show_default=False
+        ),
     ] = None,
     split: Annotated[Split, typer.Option(help="Which rows to ask.")] = Split.test,
     limit: Annotated[
         int | None,
-        typer.Option(min=1, help="Rows a task; such scores never enter OP and BWT.",
-                     show_default=False),
+        typer.Option(
+            min=1, help="Rows a task; such scores never enter OP and BWT.", show_default=False
+        ),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Prompts a batch [default: the recipe's].",
-                                 show_default=False)
+        int | None,
+        typer.Option(min=1, help="Prompts a batch [default: the recipe's].", show_default=False),
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="Where the base is now, if it moved.", show_default=False)
@@ -84,5 +86,7 @@ def _print_table(cells: list[Cell]) -> None:
         readings = "  ".join(f"{key} {value:.3f}" for key, value in sorted(others.items()))
         after = cell.after or "-"
         rows = f"{cell.rows}{' (limited)' if cell.limited else ''}"
-        table.add_row(cell.task, cell.adapter, after, rows, cell.metric, f"{cell.score:.3f}", readings)
+        table.add_row(
+            cell.task, cell.adapter, after, rows, cell.metric, f"{cell.score:.3f}", readings
+        )
     stdout().print(table)

@@ -1,1 +1,1 @@
-"""The engine: the stream loop, one task's training, evaluation, checkpoints. Knows no method by name."""
+"""The engine: the stream loop, training, evaluation, checkpoints. Knows no method by name."""

@@ -1,4 +1,4 @@
-"""Stop when asked: a signal sets a flag, work stops at the next safe point, a second one at once."""
+"""Stop when asked: a signal sets a flag, work stops at the next safe point; a second: at once."""
 
 from __future__ import annotations
 

@@ -113,6 +113,4 @@ def _load_tree(run: RunDir, index: int, name: str) -> TreeRecord | None:
     if not folder.exists():
         return None
     verify(folder)
-    return TreeRecord(
-        read_json(folder / "tree.json"), load_tensors(folder / SIGNATURES_FILE)
-    )
+    return TreeRecord(read_json(folder / "tree.json"), load_tensors(folder / SIGNATURES_FILE))

@@ -167,9 +167,7 @@ class _Stream:
             self.evaluator.cell(Asked(None, task, BASE, base))
         if plan.before and plan.when == "all" and index > 0 and self.method.mode == "latest":
             previous = self._place(index - 1)
-            self.evaluator.cell(
-                Asked(previous[1], task, "latest", self._live_hash(), previous)
-            )
+            self.evaluator.cell(Asked(previous[1], task, "latest", self._live_hash(), previous))
 
     def _live_hash(self) -> str:
         return snapshot_hash(self.adapted.snapshot())

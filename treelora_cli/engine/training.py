@@ -114,7 +114,7 @@ class TaskTrainer:
         loss = torch.zeros((), device=self.adapted.device)
         for batch in batches:
             part = answer_loss(self.adapted, batch.to(self.adapted.device)) / answer_tokens
-            part.backward()
+            part.backward()  # type: ignore[no-untyped-call]
             loss += part.detach()
         context = StepContext(self.step, loss)
         penalty = self.method.penalty(context)

@@ -6,7 +6,6 @@ the loss or change gradients, and says what to store when a task ends and which 
 
 from __future__ import annotations
 
-from abc import ABC
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -21,7 +20,7 @@ Need = Literal["penalty", "gradients", "weights"]
 Mode = Literal["latest", "own"]
 
 
-class Settings(Section):
+class MethodSettings(Section):
     """A method's own settings in the recipe's ``method`` section; none by default."""
 
 
@@ -104,7 +103,7 @@ class StoredTask:
     memory: TaskMemory
 
 
-class Method(ABC):
+class Method:
     """A continual-learning method.
 
     Attributes:
@@ -117,9 +116,9 @@ class Method(ABC):
     name: ClassVar[str]
     needs: ClassVar[frozenset[Need]] = frozenset()
     mode: ClassVar[Mode] = "latest"
-    Settings: ClassVar[type[Settings]] = Settings
+    Settings: ClassVar[type[MethodSettings]] = MethodSettings
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: MethodSettings) -> None:
         self.settings = settings
 
     def start(self, stream: StreamContext, model: AdaptedModel) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from treelora_cli.errors import RunDirError
 from treelora_cli.methods.base import (
     Method,
-    Settings,
+    MethodSettings,
     StepContext,
     StoredTask,
     StreamContext,
@@ -47,7 +47,7 @@ from treelora_cli.tree.serial import from_document, from_tensors, to_document, t
 from treelora_cli.tree.signatures import SignatureBank, block_means
 
 
-class TreeLoraSettings(Settings):
+class TreeLoraSettings(MethodSettings):
     """What the recipe's ``method`` section may say for TreeLoRA.
 
     Under ``signature: lora_a`` distances favour the most recent task, because weights go on from
@@ -161,7 +161,9 @@ class TreeLora(Method):
         self.observed = {}
         self.guide = None
         if self.tree is not None:
-            self.guide = _Guide(self.bank, self.tree, self._new_search(), self.settings, self.device)
+            self.guide = _Guide(
+                self.bank, self.tree, self._new_search(), self.settings, self.device
+            )
 
     @property
     def device(self) -> torch.device:
@@ -248,9 +250,7 @@ class TreeLora(Method):
         self.tree = update_tree(
             self.tree, self.bank, split=tree.split, block_rule=tree.block, rebuild=tree.rebuild
         )
-        document = to_document(
-            self.tree, self.bank, self.settings.signature, self.settings.factors
-        )
+        document = to_document(self.tree, self.bank, self.settings.signature, self.settings.factors)
         info = {} if self.guide is None else {"bandit": self.guide.search.statistics()}
         return TaskMemory(info=info, tree=TreeRecord(document, to_tensors(alone)))
 

@@ -104,7 +104,9 @@ class AdaptedModel:
     def snapshot(self) -> Snapshot:
         """Copy the live adapter to the host, keyed as PEFT saves it."""
         state = get_peft_model_state_dict(self.peft, adapter_name=SLOT)
-        return {key: value.detach().to("cpu", torch.float32).clone() for key, value in state.items()}
+        return {
+            key: value.detach().to("cpu", torch.float32).clone() for key, value in state.items()
+        }
 
     def restore(self, snapshot: Snapshot) -> None:
         """Put a snapshot's weights into the live adapter.
@@ -152,6 +154,5 @@ def _blocks(peft_model: Any) -> list[Block]:
         depth = int(layer.group(1)) if layer else 0
         found.setdefault(depth, ([], []))[kind.group(1) == "B"].append(parameter)
     return [
-        Block(depth, tuple(A), tuple(B))
-        for depth, (_, (A, B)) in enumerate(sorted(found.items()))
+        Block(depth, tuple(A), tuple(B)) for depth, (_, (A, B)) in enumerate(sorted(found.items()))
     ]

@@ -205,7 +205,8 @@ def _check_folder(source: str) -> None:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:
         raise DataError(
-            f"{source}/config.json cannot be used: {_one_line(error)}", "is it a transformers model?"
+            f"{source}/config.json cannot be used: {_one_line(error)}",
+            "is it a transformers model?",
         ) from None
     if config.is_encoder_decoder:
         raise DataError(

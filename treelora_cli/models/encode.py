@@ -54,8 +54,13 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch with its tensors on a device."""
-        moved = (self.input_ids, self.attention_mask, self.position_ids, self.labels)
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in moved), self.tokens)
+        return Batch(
+            self.input_ids.to(device, non_blocking=True),
+            self.attention_mask.to(device, non_blocking=True),
+            self.position_ids.to(device, non_blocking=True),
+            self.labels.to(device, non_blocking=True),
+            self.tokens,
+        )
 
 
 class Encoder:
@@ -90,10 +95,11 @@ class Encoder:
         self.truncate = truncate
         needed = len(self.bos) + max_prompt_tokens + max_answer_tokens + 1
         if positions is not None and needed > positions:
+            fits = max(1, positions - (needed - max_prompt_tokens))
             raise UsageError(
                 f"data.max_prompt_tokens {max_prompt_tokens} + answer {max_answer_tokens} + begin "
                 f"and end tokens = {needed}, but the model has {positions} positions",
-                f"e.g. --set data.max_prompt_tokens={max(1, positions - (needed - max_prompt_tokens))}",
+                f"e.g. --set data.max_prompt_tokens={fits}",
             )
 
     def _ids(self, text: str) -> list[int]:
@@ -111,7 +117,7 @@ class Encoder:
         return self.bos + ids, cut
 
     def example(self, prompt: str, answer: str, separator: str = "") -> Example:
-        """Tokenise a training row; the answer is never dropped and always ends with the end token."""
+        """Tokenise a training row; the answer is kept and always ends with the end token."""
         read, prompt_cut = self.prompt(prompt)
         learned = self._ids(separator + answer)
         answer_cut = len(learned) > self.max_answer_tokens
