@@ -12,14 +12,17 @@ import time
 from pathlib import Path
 
 import pytest
+from brute import brute_force_arm
 from conftest import ROOT, run_command, toy_arguments, toy_rows, write_task
 
 from treelora_cli.rundir import faults
 from treelora_cli.rundir.events import read_events
 from treelora_cli.rundir.layout import RunDir
 from treelora_cli.rundir.lock import RunLock
+from treelora_cli.tree.serial import from_document
 
 TASKS = "alpha,beta,gamma"
+TOYS = ("alpha", "beta", "gamma", "delta")
 
 
 def results(run: Path) -> dict[str, str]:
@@ -282,3 +285,33 @@ def test_eval_own_latest_and_one_task(treelora, reference) -> None:
     )
     assert cell["score"] == just_before["score"]
     assert cell["adapter_hash"] == just_before["adapter_hash"]
+
+
+def test_the_logged_arms_of_a_real_run_are_those_of_equation_2(
+    treelora, tiny_model, toy_data, tmp_path
+) -> None:
+    """Replay every (arm, xi) of events.jsonl through a brute-force Eq. 2 on the stored trees."""
+    run = tmp_path / "run"
+    arguments = toy_arguments(tiny_model, toy_data, run, "alpha,beta,gamma,delta")
+    more = ["--epochs", "6", "--set", "eval.when=none", "--set", "optim.lr=5e-3"]
+    assert treelora(*arguments, *more).code == 0
+    steps = [event for event in read_events(run / "events.jsonl") if event["kind"] == "step"]
+    checked = 0
+    for index, name in enumerate(("alpha", "beta", "gamma", "delta")):
+        mine = [event for event in steps if event["task"] == name]
+        assert len(mine) == 18
+        if index == 0:
+            assert all("arms" not in event for event in mine)
+            continue
+        before = run / "tree" / "history" / f"{index - 1:03d}-{TOYS[index - 1]}" / "tree.json"
+        tree = from_document(json.loads(before.read_text()))
+        deltas = [node.median for node in tree.nodes]
+        log: list[tuple[int, float]] = []
+        for event in mine:
+            assert event["arms"] == [brute_force_arm(tree, deltas, log, 0.5)]
+            log.append((event["arms"][0], event["xi"][0]))
+            checked += 1
+        record = json.loads((run / "tasks" / f"{index:03d}-{name}" / "task.json").read_text())
+        pulls = record["bandit"][0]["pulls"]
+        assert pulls == [sum(arm == k for arm, _ in log) for k in range(index)]
+    assert checked == 54

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
 import torch
+from brute import brute_force_arm
 
 from treelora_cli.errors import UsageError
 from treelora_cli.methods import registry
@@ -227,36 +227,7 @@ def test_a_checkpoint_inside_a_task_goes_on_as_if_nothing_had_been(
     assert walk(again, range(4, 10)) == tail
 
 
-def brute_force_arm(tree, deltas: list[float], log: list[tuple[int, float]], c: float) -> int:
-    """Eq. 2 from the pull log alone, everything recomputed."""
-    refreshed = 2 ** int(math.log2(len(log))) if log else 0
-    known = [xi for _, xi in log[:refreshed]]
-    mean = sum(known) / len(known) if known else 0.0
-    sigma = math.sqrt(sum((xi - mean) ** 2 for xi in known) / len(known)) if known else 0.0
-
-    def pulls(node) -> list[float]:
-        return [xi for arm, xi in log if arm in node.tasks]
-
-    def bound(node) -> float:
-        own = pulls(node)
-        if not own:
-            return -math.inf
-        parent = tree.nodes[node.parent] if node.parent is not None else node
-        width = c * sigma * math.sqrt(math.log(1 + len(pulls(parent))) / len(own))
-        value = sum(own) / len(own) - width
-        if node.is_leaf:
-            return value
-        return max(
-            min(bound(tree.nodes[child]) for child in node.children), value - deltas[node.id]
-        )
-
-    node = tree.root
-    while not node.is_leaf:
-        node = min((tree.nodes[child] for child in node.children), key=lambda n: (bound(n), n.id))
-    return node.tasks[0]
-
-
-def test_a_real_runs_arms_are_those_of_equation_2(model: AdaptedModel) -> None:
+def test_live_arms_are_those_of_equation_2(model: AdaptedModel) -> None:
     method = make(model, {"search": "tree", "c": 0.5})
     train(method, model, 6)
     method.begin_task(task(6))

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from treelora_cli.tree.build import build_tree
 from treelora_cli.tree.nodes import GradientTree
-from treelora_cli.tree.scopes import block_deltas, node_deltas
+from treelora_cli.tree.scopes import node_deltas
 from treelora_cli.tree.search import FlatSearch, RandomSearch, Search, TreeSearch
 from treelora_cli.tree.signatures import SignatureBank
 
@@ -111,8 +111,7 @@ def make(kind: str, problem: Problem, c: float, delta: str, split: str, rule: st
     if kind == "random":
         return RandomSearch(arms, 0)
     tree = build_tree(problem.bank, split, rule)
-    deltas = [0.0] * len(tree.nodes) if delta == "none" else node_deltas(tree, delta)
-    return TreeSearch(tree, c, deltas)
+    return TreeSearch(tree, c, node_deltas(tree, problem.bank, delta)[0])
 
 
 def play(search: Search, problem: Problem, steps: int, seed: int) -> list[int]:

@@ -13,10 +13,10 @@ from treelora_cli.report.words import percent
 STYLES = 8
 """Lines differ in colour, dash and marker; after this many they start anew."""
 
-NARROW, WIDE = 440, 940
+NARROW, WIDE = 400, 940
 """Widths of a picture beside another and of one across the page, in pixels."""
 
-_HEIGHT = 250
+_HEIGHT = 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 42, 14, 14, 36
 
 

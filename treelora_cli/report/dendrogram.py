@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from treelora_cli.report.svg import element, picture, shorten
 
-_ROW, _TOP, _LEFT, _LABEL, _DEPTH_ROOM = 24, 4, 14, 190, 210
+_ROW, _TOP, _LEFT, _LABEL, _DEPTH_ROOM = 24, 4, 14, 180, 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ def dendrogram(tree: Mapping[str, Any]) -> Markup | None:
     leaves = sum(not node.children for node in placed)
     label = f"Gradient tree of {len(names)} tasks: {leaves} leaves, depth {deepest}"
     width = edge + _LABEL
-    return picture(width, 2 * _TOP + _ROW * leaves, label, *parts, growth=float(width <= 440))
+    return picture(width, 2 * _TOP + _ROW * leaves, label, *parts, growth=float(width <= 400))
 
 
 def _nodes(tree: Mapping[str, Any]) -> list[dict[str, Any]] | None:

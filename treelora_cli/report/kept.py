@@ -8,7 +8,7 @@ from treelora_cli.report.model import RunReport, TaskReport
 from treelora_cli.report.svg import Scale, element, picture, shorten
 from treelora_cli.report.words import percent, signed
 
-_WIDTH, _LABEL, _RIGHT, _TOP, _ROW = 440, 136, 52, 26, 24
+_WIDTH, _LABEL, _RIGHT, _TOP, _ROW = 400, 128, 50, 26, 24
 _BOTTOM = 26
 
 
@@ -31,7 +31,7 @@ def kept(report: RunReport) -> Markup | None:
     for position, (number, task) in enumerate(tasks):
         parts += _row(number, task, _TOP + _ROW * (position + 0.5), x)
     label = "Score when learned and score now of each task"
-    return picture(_WIDTH, bottom + _BOTTOM, label, *parts)
+    return picture(_WIDTH, bottom + _BOTTOM, label, *parts, growth=1.15)
 
 
 def _row(number: int, task: TaskReport, y: float, x: Scale) -> list[Markup]:

@@ -106,13 +106,13 @@ def shorten(text: str, most: float, size: float = 12) -> str:
 def nice_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     """Round numbers that enclose ``low`` … ``high``, about ``wanted`` of them."""
     span = high - low
-    if span <= 0:
-        span = abs(high) or 1.0
+    if span < 1e-12 * max(1.0, abs(low), abs(high)):
+        span = abs(high) if abs(high) > 1e-12 else 1.0
     raw = span / max(1, wanted - 1)
     exponent = math.floor(math.log10(raw))
     step = next(
         factor * 10.0**exponent
-        for factor in (1, 2, 2.5, 5, 10, 20)
+        for factor in (1, 2, 2.5, 5, 10)
         if factor * 10.0**exponent >= raw * 0.999
     )
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)

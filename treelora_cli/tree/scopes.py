@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from treelora_cli.errors import RunDirError, UsageError, did_you_mean
 from treelora_cli.tree.build import member_distances
@@ -22,15 +25,16 @@ from treelora_cli.tree.search import (
 )
 from treelora_cli.tree.signatures import SignatureBank
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 SEARCHES = ("tree", "flat", "random", "exhaustive")
 SCOPES = ("model", "block")
-DELTAS = ("median", "bound")
+DELTAS = ("observed", "median", "bound")
 
-DEFAULT_C = 0.5
-DEFAULT_DELTA = "median"
+# Chosen by measurement: tests/tree/tree_synthetic.py prints the table.
+DEFAULT_C = 1.0
+DEFAULT_DELTA = "observed"
+
+# Stored tasks that play the query when delta is observed.
+_OBSERVERS = 16
 
 
 class ScopedSearch:
@@ -121,8 +125,9 @@ def make_search(
         bank: at least one stored task.
         scope: ``model`` (one search) or ``block`` (the paper: one for every block).
         c: width of the confidence interval in units of the observed deviation of xi.
-        delta: ``median``: the median distance of a node's members to its mean (the paper's), or
-            ``bound``: twice the largest, below which no member's mean xi can lie.
+        delta: how far a node's mean may lie above its best member: ``observed``, from the stored
+            tasks as queries; ``median``, the median distance of the node's members to its mean
+            (the paper's); or ``bound``, twice the largest such distance. See ``node_deltas``.
         seed: of the random search; the same on all ranks.
 
     Raises:
@@ -140,21 +145,61 @@ def make_search(
         return ScopedSearch([RandomSearch(arms, f"{seed}:{block}") for block in range(count)])
     if kind == "exhaustive":
         return ScopedSearch([ExhaustiveSearch(arms) for _ in range(count)])
-    deltas = [node_deltas(tree, delta)] if scope == "model" else block_deltas(tree, bank, delta)
+    deltas = node_deltas(tree, bank, delta, scope)
     return ScopedSearch([TreeSearch(tree, c, one) for one in deltas])
 
 
-def node_deltas(tree: GradientTree, delta: str) -> list[float]:
-    """Return delta of every node in the unit of xi, by node id."""
-    return [2 * node.radius if delta == "bound" else node.median for node in tree.nodes]
+def node_deltas(
+    tree: GradientTree, bank: SignatureBank, delta: str, scope: str = "model"
+) -> list[list[float]]:
+    """Return how far the mean of a node may lie above its best member, for every search.
 
+    ``bound`` is never too small (triangle inequality) but so wide in many dimensions that most
+    tasks get pulled once; ``median`` has no such promise. ``observed`` measures the very thing:
+    up to 16 stored tasks, evenly spaced, play the query, and delta is the largest difference
+    between the mean and the least xi of the node's other members that any of them sees.
 
-def block_deltas(tree: GradientTree, bank: SignatureBank, delta: str) -> list[list[float]]:
-    """Return for each of the D blocks delta of every node in the unit of that block's xi."""
+    Args:
+        tree: the tree over the bank's tasks.
+        bank: the stored signatures.
+        delta: ``observed``, ``median`` or ``bound``.
+        scope: ``model`` or ``block``.
+
+    Returns:
+        one list (``model``) or D lists (``block``) of a delta for every node id, in the unit of
+        the search's xi.
+    """
     scales = bank.scales()
-    columns: list[list[float]] = [[] for _ in range(bank.blocks)]
-    for node in tree.nodes:
-        spans = member_distances(bank, node.tasks, scales).T.tolist()
-        for column, span in zip(columns, spans, strict=True):
-            column.append(2 * max(span) if delta == "bound" else statistics.median(span))
-    return columns
+    if delta == "observed":
+        queries = range(0, len(bank), -(-len(bank) // _OBSERVERS))
+        seen = torch.stack([bank.scaled_distances(bank.values[q], scales) for q in queries])
+        seen = seen.mean(2, keepdim=True) if scope == "model" else seen
+        columns = [_observed(seen, list(queries), node.tasks) for node in tree.nodes]
+    elif scope == "model":
+        columns = [[2 * node.radius if delta == "bound" else node.median] for node in tree.nodes]
+    else:
+        spans = [member_distances(bank, node.tasks, scales).T.tolist() for node in tree.nodes]
+        columns = [
+            [2 * max(span) if delta == "bound" else statistics.median(span) for span in node]
+            for node in spans
+        ]
+    return [list(column) for column in zip(*columns, strict=True)]
+
+
+def _observed(seen: Tensor, queries: list[int], tasks: tuple[int, ...]) -> list[float]:
+    """Return the largest mean - min over a node's members other than the query, per column.
+
+    Args:
+        seen: [Q, N, columns], xi of each query to every task.
+        queries: Q task indices.
+        tasks: the node's members.
+    """
+    own = torch.tensor(queries).unsqueeze(1) == torch.tensor(tasks)
+    others = len(tasks) - own.sum(1)
+    if not bool(others.any()):
+        return [0.0] * seen.shape[2]
+    found = seen[:, list(tasks)]
+    mean = found.masked_fill(own.unsqueeze(2), 0.0).sum(1) / others.clamp(min=1).unsqueeze(1)
+    least = found.masked_fill(own.unsqueeze(2), float("inf")).amin(1)
+    gaps: list[float] = (mean - least)[others > 0].amax(0).clamp(min=0).tolist()
+    return gaps
