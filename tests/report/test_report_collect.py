@@ -122,7 +122,8 @@ def test_only_the_last_row_measured_gives_op_alone(tmp_path):
 
 
 def test_own_mode(tmp_path):
-    report = collect(make_run(tmp_path / "run", method="per-task", mode="own"))
+    cells = [c for c in make_cells(names_for(3), 3, "own") if c.after is not None]
+    report = collect(make_run(tmp_path / "run", method="per-task", mode="own", cells=cells))
     assert report.mode == "own"
     assert report.bwt == 0
     assert report.op == pytest.approx(sum(score(j, j) for j in range(3)) / 3)
@@ -136,6 +137,18 @@ def test_limited_cells_are_counted_apart(tmp_path):
     report = collect(make_run(tmp_path / "run", tasks=2, cells=cells))
     assert report.limited_cells == 1
     assert report.op is None
+    assert report.op_curve == (None, None)
+    assert report.tasks[0].own is None
+    assert report.limited_matrix == ((0.9, None), (None, None))
+    assert report.at_a_glance().matrix == report.limited_matrix
+
+
+def test_limited_cells_are_not_shown_beside_full_ones(tmp_path):
+    names = names_for(2)
+    cells = [cell(names[0], names[0], 0.9), cell(names[0], names[0], 0.8, limited=True, rows=8)]
+    report = collect(make_run(tmp_path / "run", tasks=2, cells=cells))
+    assert report.limited_matrix == ()
+    assert report.at_a_glance() is None
 
 
 def test_the_runs_decoding_counts(tmp_path):

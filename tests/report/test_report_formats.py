@@ -9,9 +9,9 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from report_fixtures import make_cells, make_run, names_for, tree_document
+from report_fixtures import cell, make_cells, make_run, names_for, tree_document
 
-from treelora_cli.errors import UsageError
+from treelora_cli.errors import RunDirError, UsageError
 from treelora_cli.report import words
 from treelora_cli.report.collect import collect
 from treelora_cli.report.curves import STYLES
@@ -25,6 +25,7 @@ from treelora_cli.report.metrics import DEFINITIONS
 from treelora_cli.report.ramp import DARK, LIGHT, STEPS, _luminance, colours, contrast, level
 from treelora_cli.report.svg import Scale, element, nice_ticks, shorten, text_width
 from treelora_cli.report.text import text
+from treelora_cli.report.treedoc import problem, read_tree
 
 HOSTILE = "<script>alert('x')</script>|`**\x1b[31mred\x1b[0m\x07\u202e [b]m[/b] & \"q\""
 
@@ -152,6 +153,18 @@ def test_built_in_things_say_so_in_every_format(runs, write):
 def test_real_things_are_not_called_synthetic(runs):
     for write in (html, markdown, text):
         assert "synthetic" not in write([runs["trace"]])
+
+
+@pytest.mark.parametrize("write", [html, markdown, text], ids=["html", "md", "text"])
+def test_scores_of_few_rows_are_shown_apart_from_the_numbers(tmp_path, write):
+    names = names_for(2)
+    cells = [cell(names[0], names[0], 0.876, limited=True, rows=8)]
+    report = collect(make_run(tmp_path / "run", tasks=2, cells=cells))
+    page = write([report])
+    assert words.LIMITED in page
+    assert "87.6" in page
+    assert "87.60" not in re.sub("<title>.*?</title>", "", page), "no number is made of it"
+    assert "1 score was made with --limit" in page
 
 
 @pytest.mark.parametrize("write", [html, markdown, text], ids=["html", "md", "text"])
@@ -307,23 +320,40 @@ def test_a_very_deep_tree_can_be_drawn():
         )
         nodes.append({"id": at + 1, "children": [], "tasks": [0], "depth": depth + 1})
     nodes.append({"id": 2 * count, "children": [], "tasks": [0], "depth": count})
-    assert dendrogram({"tasks": ["a"], "nodes": nodes}) is not None
+    assert str(dendrogram({"tasks": ["a"], "nodes": nodes})).count('class="leaf"') == count + 1
 
 
-@pytest.mark.parametrize(
-    "nodes",
-    [
-        [],
-        None,
-        [{"id": 0, "depth": 0, "children": [0]}],
-        [{"id": 1, "depth": 0, "children": []}],
-        [{"id": 0, "depth": "x", "children": []}],
-        ["x"],
-        [{"id": 0, "depth": 0, "children": [7]}],
-    ],
-)
-def test_a_malformed_tree_is_not_drawn(nodes):
-    assert dendrogram({"tasks": ["a"], "nodes": nodes}) is None
+def damaged_trees():
+    """A name and a change that no tree document survives."""
+    return {
+        "no nodes": lambda tree: tree.update(nodes=[]),
+        "nodes missing": lambda tree: tree.pop("nodes"),
+        "tasks missing": lambda tree: tree.pop("tasks"),
+        "a task is no name": lambda tree: tree["tasks"].append(3),
+        "a cycle": lambda tree: tree["nodes"][2].update(children=[0, 1]),
+        "a child twice": lambda tree: tree["nodes"][0].update(children=[1, 1]),
+        "out of range": lambda tree: tree["nodes"][0].update(children=[1, 99]),
+        "ids shuffled": lambda tree: tree["nodes"].reverse(),
+        "no depth": lambda tree: tree["nodes"][1].pop("depth"),
+        "unknown task": lambda tree: tree["nodes"][1].update(tasks=[7]),
+        "no task": lambda tree: tree["nodes"][1].update(tasks=[]),
+        "a node is text": lambda tree: tree["nodes"].append("x"),
+        "threshold is text": lambda tree: tree["nodes"][0].update(threshold="high"),
+        "no split": lambda tree: tree["nodes"][0].pop("split"),
+        "no parent": lambda tree: tree["nodes"][1].pop("parent"),
+        "newer": lambda tree: tree.update(format=2),
+    }
+
+
+@pytest.mark.parametrize("name", damaged_trees())
+def test_a_damaged_tree_is_an_error_that_names_the_file(tmp_path, name):
+    tree = tree_document(["a", "b", "c"])
+    assert problem(tree) == ""
+    damaged_trees()[name](tree)
+    path = tmp_path / "tree.json"
+    path.write_text(json.dumps(tree))
+    with pytest.raises(RunDirError, match="tree.json"):
+        read_tree(path)
 
 
 def test_a_merged_leaf_names_all_its_tasks():

@@ -120,6 +120,7 @@ def test_only_full_test_cells_of_the_mode_enter():
 def test_limited_cells_alone_leave_every_place_empty():
     cells = [cell("a", "a", 0.9, limited=True)]
     assert metrics.matrix_from_scores(cells, ["a"], "latest") == [[None]]
+    assert metrics.matrix_from_scores(cells, ["a"], "latest", limited=True) == [[0.9]]
 
 
 def test_own_mode_repeats_the_tasks_own_score():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,8 @@ def _in_child(work: Work, fault: str = "") -> int:
     if child == 0:
         code = 70
         try:
+            for number in (signal.SIGHUP, signal.SIGTERM):  # nohup and test runners change these
+                signal.signal(number, signal.SIG_DFL)
             if fault:
                 os.environ[faults.ENVIRONMENT] = fault
             faults.reset()

@@ -349,6 +349,8 @@ def test_sari_task_takes_the_paragraph_as_source() -> None:
         ("1\n2\n3\n4\nspät:\nText", "1\n2\n3\n4\nspät:\nText"),
         ("Nur:", "Nur:"),
         ("文本：\n你好。\n简化：", "你好。"),
+        ("Make it simple.\nParagraph: Ein Text.\nAchtung: ja.\nAnswer:", "Ein Text.\nAchtung: ja."),
+        ("Ein Text.\nAchtung: ja.", "Ein Text.\nAchtung: ja."),
     ],
 )
 def test_source_text(prompt: str, expected: str) -> None:

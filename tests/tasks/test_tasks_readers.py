@@ -79,6 +79,7 @@ def test_missing_split_is_named(trace, tmp_path: Path) -> None:
 
 
 def test_cl_prompt_is_instruction_options_sentence(cl: Path) -> None:
+    assert detect(cl).ignored == {}
     loaded = load_one(cl, "Films")
     row = loaded.task.splits["eval"][1]
     assert row == Row("Good or bad?\nOption: Good, Bad \ndev film 1\nAnswer:", "Bad")
@@ -191,7 +192,7 @@ def test_single_file_is_split_and_says_so(write, tmp_path: Path) -> None:
 
 
 def test_split_does_not_depend_on_the_order_of_the_rows() -> None:
-    rows = [Row(f"p{at}", "a") for at in range(40)]
+    rows = [Row(f"question {at}", "a") for at in range(40)]
     parts = split_by_hash(rows, ("test", "eval"))
     turned = split_by_hash(rows[::-1], ("test", "eval"))
     assert {name: set(found) for name, found in parts.items()} == {

@@ -34,7 +34,7 @@ def evaluate(
     tasks: Annotated[
         str | None,
         typer.Option(
-            help="Tasks to ask, separated by commas [default: all trained].", show_default=False
+            help="Tasks to ask, separated by commas (default: all trained).", show_default=False
         ),
     ] = None,
     split: Annotated[Split, typer.Option(help="Which rows to ask.")] = Split.test,
@@ -46,7 +46,7 @@ def evaluate(
     ] = None,
     batch_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Prompts a batch [default: the recipe's].", show_default=False),
+        typer.Option(min=1, help="Prompts a batch (default: the recipe's).", show_default=False),
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="Where the base is now, if it moved.", show_default=False)
@@ -58,8 +58,10 @@ def evaluate(
 ) -> None:
     """Ask a run's adapters the test rows of its tasks and score the answers.
 
-    Answers are kept as JSON lines under tasks/*/predictions; cells scored before with the same
-    adapter and rows are not computed again.
+    Answers are kept as JSON lines under tasks/*/predictions; cells scored before
+    with the same adapter and rows are not computed again.
+
+    [bold]treelora eval run --adapter own --tasks FOMC[/bold]
     """
     from treelora_cli.engine.evaluate_run import EvalRequest, evaluate_run
 

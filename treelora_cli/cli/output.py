@@ -11,12 +11,17 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 
+PIPE_WIDTH = 200
+"""Columns where no terminal says how many there are."""
+
 
 def stdout() -> Console:
-    """Return the console for results; colour only on a terminal, no cutting of piped lines."""
+    """Return the console for results: colour only on a terminal, room for tables in a pipe."""
     from rich.console import Console
 
-    return Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
+    if sys.stdout.isatty():
+        return Console(highlight=False)
+    return Console(width=PIPE_WIDTH, highlight=False)
 
 
 def stderr() -> Console:

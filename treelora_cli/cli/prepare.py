@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from treelora_cli.cli.output import stdout
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -101,9 +103,9 @@ def _show(found: Found, loaded: list[Loaded], stored: Stored, out: Path, as_json
         say.print(f"note: {note}", markup=False)
     for warning in warnings:
         say.print(f"warning: {warning}", markup=False)
-    _print_table(_overview(stored.entries))
+    stdout().print(_overview(stored.entries))
     if any("tokens" in entry for entry in stored.entries.values()):
-        _print_table(_token_table(stored.entries))
+        stdout().print(_token_table(stored.entries))
     changes = f" ({', '.join(stored.changes)})" if stored.changes else ""
     say.print(f"{stored.status} {out}{changes}", markup=False)
 
@@ -112,20 +114,6 @@ def _story(one: Loaded) -> str:
     labels = one.task.labels
     closed = f"; labels {', '.join(labels)}" if labels is not None else ""
     return f"{one.layout} layout; {one.mapped}{closed}"
-
-
-def _print_table(table: Table) -> None:
-    """Print a table; into a pipe with a width at which no cell is cut."""
-    import sys
-
-    from rich.console import Console
-
-    from treelora_cli.cli.output import stdout
-
-    console = stdout()
-    if not console.is_terminal:
-        console = Console(file=sys.stdout, width=200, highlight=False)
-    console.print(table)
 
 
 def _new_table(left: int, *titles: str) -> Table:

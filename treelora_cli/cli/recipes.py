@@ -35,7 +35,7 @@ def recipes(
         return
     width = max(map(len, listed), default=0)
     for known, text in listed.items():
-        stdout().print(f"[bold]{known:<{width}}[/bold]  {text}")
+        stdout().print(f"[bold]{known:<{width}}[/bold]  {text}", soft_wrap=True)
 
 
 def _summary(text: str) -> str:

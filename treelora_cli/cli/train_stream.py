@@ -22,14 +22,14 @@ def train_stream(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Hub id or folder of a causal language model [default: the built-in tiny base].",
+            help="Hub id or folder of a causal language model (default: the built-in tiny base).",
             show_default=False,
         ),
     ] = None,
     data: Annotated[
         str | None,
         typer.Option(
-            help="Folder of tasks, prepared or not [default: the built-in synthetic tasks].",
+            help="Folder of tasks, prepared or not (default: the built-in synthetic tasks).",
             show_default=False,
         ),
     ] = None,
@@ -61,10 +61,10 @@ def train_stream(
 ) -> None:
     """Train on a stream of tasks, one after the other, and score what was learned and kept.
 
-    Give the same command again to go on after an interruption; name new tasks to extend a finished
-    run. Without --model and --data the built-in synthetic tasks and tiny base are used.
-
-    At the end the run directory's path is printed on stdout, for pipelines.
+    Give the same command again to go on after an interruption; name new tasks
+    to extend a finished run. Without --model and --data the built-in synthetic
+    tasks and tiny base are used. At the end the run directory's path is printed
+    on stdout, for pipelines.
 
     [bold]treelora train-stream --tasks C-STANCE,FOMC,ScienceQA[/bold]
     """
@@ -84,7 +84,7 @@ def train_stream(
     with viewer(as_json) as show:
         run_stream(resolved, run_dir, show)
     if not as_json:
-        stdout().print(str(run_dir), markup=False)
+        stdout().print(str(run_dir), markup=False, soft_wrap=True)
 
 
 def _names(text: str | None) -> list[str] | None:

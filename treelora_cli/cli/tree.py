@@ -49,7 +49,7 @@ def _document(path: Path, at: str | None) -> dict[str, Any]:
         UsageError: the stream has no task of that name.
         RunDirError: no run directory, one without a tree, or none that far.
     """
-    from treelora_cli.report.collect import read_tree
+    from treelora_cli.report.treedoc import read_tree
     from treelora_cli.rundir.layout import RunDir
 
     run = RunDir.open(path)

@@ -23,8 +23,8 @@ BASE = "base"
 Emit = Callable[[str, dict[str, Any]], None]
 
 
-def build_encoder(adapted: AdaptedModel, data: DataSection, task: Task) -> Encoder:
-    """Return the encoder for one task's rows.
+def build_encoder(adapted: AdaptedModel, data: DataSection) -> Encoder:
+    """Return the encoder for the rows of a recipe.
 
     Raises:
         UsageError: prompt and answer together exceed the model's positions.
@@ -32,7 +32,7 @@ def build_encoder(adapted: AdaptedModel, data: DataSection, task: Task) -> Encod
     return Encoder(
         adapted.backbone.tokenizer,
         data.max_prompt_tokens,
-        min(task.max_answer_tokens, data.max_answer_tokens),
+        data.max_answer_tokens,
         data.truncate,
         adapted.backbone.positions,
     )
@@ -129,14 +129,14 @@ class Evaluator:
         )
 
     def _answers(self, asked: Asked, prompts: list[str]) -> list[str]:
-        encoder = build_encoder(self.adapted, self.data, asked.task)
+        encoder = build_encoder(self.adapted, self.data)
 
         def before_batch() -> None:
             faults.hit("eval.batch")
             self.stop.raise_if_set(f"stopped while evaluating {asked.task.name}")
 
         # One more than the answer's tokens: the end token is generated too.
-        longest = encoder.max_answer_tokens + 1
+        longest = min(asked.task.max_answer_tokens, self.data.max_answer_tokens) + 1
         if asked.adapter == BASE:
             with self.adapted.peft.disable_adapter():
                 return generate(

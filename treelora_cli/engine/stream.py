@@ -234,7 +234,7 @@ class _Stream:
         return trainer.seconds
 
     def _encode(self, task: Task) -> list[Example]:
-        encoder = build_encoder(self.adapted, self.recipe.data, task)
+        encoder = build_encoder(self.adapted, self.recipe.data)
         return [
             encoder.example(row.prompt, row.answer, task.separator) for row in task.splits["train"]
         ]

@@ -14,7 +14,8 @@ from treelora_cli.report import metrics
 from treelora_cli.report.losses import loss_curves
 from treelora_cli.report.model import SYNTHETIC, LossPoint, RunReport, TaskReport
 from treelora_cli.report.scoring import Scored, score
-from treelora_cli.report.words import clean, clean_document, clean_lines, marked
+from treelora_cli.report.treedoc import read_tree
+from treelora_cli.report.words import clean, clean_lines, marked
 from treelora_cli.rundir.atomic import committed
 from treelora_cli.rundir.events import read_events
 from treelora_cli.rundir.jsonfile import read_json
@@ -78,7 +79,7 @@ def _tasks(sources: _Sources) -> tuple[TaskReport, ...]:
 def _task_document(folder: Path) -> Json:
     """Read task.json, without the checksums: they would read every weight of the run."""
     place = committed(folder)
-    return (read_document(place / "task.json") if place else None) or {}
+    return (_read_document(place / "task.json") if place else None) or {}
 
 
 def _task(known: Json, j: int, scored: Scored, loss: tuple[LossPoint, ...]) -> TaskReport:
@@ -109,7 +110,7 @@ def _task(known: Json, j: int, scored: Scored, loss: tuple[LossPoint, ...]) -> T
 def _rows(cells: Sequence[Cell], scored: Scored) -> dict[str, int]:
     """Test rows behind the scores of each task, the most where cells differ."""
     rows: dict[str, int] = {}
-    for cell in metrics.full_cells(cells, scored.decoding):
+    for cell in metrics.test_cells(cells, scored.decoding):
         if cell.adapter == scored.mode or cell.after is None:
             rows[cell.task] = max(cell.rows, rows.get(cell.task, 0))
     return rows
@@ -141,6 +142,7 @@ def _report(run_path: Path, sources: _Sources, tasks: tuple[TaskReport, ...]) ->
         fwt=metrics.fwt(R, scored.zero_shot),
         missing=tuple((clean(after), clean(task)) for after, task in scored.missing()),
         limited_cells=sum(cell.limited for cell in sources.cells),
+        limited_matrix=tuple(tuple(row) for row in scored.few_rows),
         train_seconds=_total(task.train_seconds for task in tasks),
         evaluate_seconds=_total(task.evaluate_seconds for task in tasks),
         tree=read_tree(run.tree_json),
@@ -150,18 +152,8 @@ def _report(run_path: Path, sources: _Sources, tasks: tuple[TaskReport, ...]) ->
     )
 
 
-def read_tree(path: Path) -> Json | None:
-    """Read a tree document, its text cleaned; None where there is no such file."""
-    document = read_document(path)
-    return None if document is None else _mapping(clean_document(document))
-
-
-def read_document(path: Path) -> Json | None:
-    """Read a JSON object; None where there is no such file.
-
-    Raises:
-        RunDirError: the file is there and is damaged, or a symbolic link.
-    """
+def _read_document(path: Path) -> Json | None:
+    """Read a JSON object; None where there is no such file."""
     return read_json(path) if os.path.lexists(path) else None
 
 

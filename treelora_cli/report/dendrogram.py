@@ -24,19 +24,17 @@ class _Placed:
     tip: str
 
 
-def dendrogram(tree: Mapping[str, Any]) -> Markup | None:
-    """Return the picture of a tree document; None where it holds no node or is malformed.
+def dendrogram(tree: Mapping[str, Any]) -> Markup:
+    """Return the picture of a tree document.
 
     Args:
-        tree: the document of ``tree/tree.json``.
+        tree: a document that :func:`treelora_cli.report.treedoc.read_tree` has checked.
     """
-    nodes = _nodes(tree)
-    if nodes is None:
-        return None
+    nodes: list[dict[str, Any]] = tree["nodes"]
     deepest = max(int(node["depth"]) for node in nodes)
     step = min(84.0, max(26.0, _DEPTH_ROOM / max(1, deepest)))
     edge = _LEFT + step * deepest
-    names = [str(name) for name in tree.get("tasks") or []]
+    names: list[str] = tree["tasks"]
     placed = _place(nodes, names, step)
     parts: list[Markup] = []
     for node in placed:
@@ -49,37 +47,21 @@ def dendrogram(tree: Mapping[str, Any]) -> Markup | None:
     return picture(width, 2 * _TOP + _ROW * leaves, label, *parts, growth=float(width <= 400))
 
 
-def _nodes(tree: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """The node list, checked for what drawing relies on: ids in pre-order, so no cycle."""
-    nodes = tree.get("nodes")
-    if not isinstance(nodes, list) or not nodes:
-        return None
-    for position, node in enumerate(nodes):
-        if not isinstance(node, dict) or node.get("id") != position:
-            return None
-        children, depth = node.get("children") or [], node.get("depth")
-        if not isinstance(depth, int) or not isinstance(children, list):
-            return None
-        if not all(isinstance(c, int) and position < c < len(nodes) for c in children):
-            return None
-    return nodes
-
-
 def _place(nodes: Sequence[dict[str, Any]], names: Sequence[str], step: float) -> list[_Placed]:
     heights: dict[int, float] = {}
-    leaves = [position for position, node in enumerate(nodes) if not node.get("children")]
+    leaves = [position for position, node in enumerate(nodes) if not node["children"]]
     for row, position in enumerate(leaves):
         heights[position] = _TOP + _ROW * (row + 0.5)
     # Children have higher ids than their parent, so going backwards meets them first.
     for position in range(len(nodes) - 1, -1, -1):
-        children = nodes[position].get("children") or []
+        children = nodes[position]["children"]
         if children:
             heights[position] = sum(heights[child] for child in children) / len(children)
     return [
         _Placed(
             x=_LEFT + step * node["depth"],
             y=heights[position],
-            children=tuple(node.get("children") or ()),
+            children=tuple(node["children"]),
             caption=_caption(node, names),
             tip=_tip(node, names),
         )
@@ -88,15 +70,11 @@ def _place(nodes: Sequence[dict[str, Any]], names: Sequence[str], step: float) -
 
 
 def _members(node: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    return [
-        f"{index + 1} {names[index]}"
-        for index in node.get("tasks") or []
-        if isinstance(index, int) and 0 <= index < len(names)
-    ]
+    return [f"{index + 1} {names[index]}" for index in node["tasks"]]
 
 
 def _caption(node: Mapping[str, Any], names: Sequence[str]) -> str:
-    if not node.get("children"):
+    if not node["children"]:
         return ", ".join(_members(node, names))
     block = node.get("block")
     return str(node.get("split") or "") if block is None else f"block {block}"

@@ -44,6 +44,7 @@ def _run(report: RunReport) -> Json:
         },
         "missing": [{"after": after, "task": task} for after, task in report.missing],
         "limited_cells": report.limited_cells,
+        "limited_matrix": [list(row) for row in report.limited_matrix] or None,
         "tree": report.tree,
         "recipe": report.recipe or None,
         "versions": report.versions,

@@ -42,6 +42,7 @@ def _environment() -> Environment:
         "values": values,
         "heads": HEADS,
         "definitions": DEFINITIONS,
+        "limited": words.LIMITED,
         "dash": words.NOT_MEASURED,
         "heatmap": heatmap,
         "kept": kept,

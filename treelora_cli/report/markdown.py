@@ -9,6 +9,7 @@ from treelora_cli.report.metrics import DEFINITIONS
 from treelora_cli.report.model import RunReport
 from treelora_cli.report.text import HEADS, values
 from treelora_cli.report.words import (
+    LIMITED,
     NOT_MEASURED,
     count,
     covers,
@@ -104,10 +105,12 @@ def _run(report: RunReport, alone: bool) -> Iterator[str]:
         rows = [[HEADS[key], escaped(DEFINITIONS[key]), printed[key]] for key in HEADS]
         yield table(["number", "meaning", "value"], rows, left=2)
     depth = "##" if alone else "###"
+    glance = report.at_a_glance()
     if report.matrix:
         yield f"{depth} Scores"
+        yield LIMITED if glance else ""
         yield "Row: after learning this task. Column: score on task. **Bold**: just learned."
-        yield _matrix(report)
+        yield _matrix(glance or report)
     yield f"{depth} Tasks"
     yield _tasks(report)
     yield _background(report, depth)

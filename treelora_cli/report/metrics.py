@@ -135,24 +135,33 @@ def fwt(R: Matrix, zero_shot: Row) -> float | None:
     return _mean(_minus(R[j - 1][j], zero_shot[j]) for j in range(1, len(R)))
 
 
-def full_cells(cells: Iterable[CellLike], decoding: str | None = None) -> list[CellLike]:
-    """Cells that may enter a number: the whole test split, one way of decoding.
+def test_cells(
+    cells: Iterable[CellLike], decoding: str | None = None, *, limited: bool = False
+) -> list[CellLike]:
+    """Cells of the test split that were made in one way.
 
     Args:
         cells: all cells of a run.
         decoding: keep only this decoding; None keeps every one.
+        limited: False keeps the whole split, which alone may enter a number; True keeps what
+            ``--limit`` made.
     """
     return [
         cell
         for cell in cells
-        if cell.split == "test" and not cell.limited and decoding in (None, cell.decoding)
+        if cell.split == "test" and cell.limited == limited and decoding in (None, cell.decoding)
     ]
 
 
 def matrix_from_scores(
-    scores: Iterable[CellLike], tasks: Sequence[str], mode: str, decoding: str | None = None
+    scores: Iterable[CellLike],
+    tasks: Sequence[str],
+    mode: str,
+    decoding: str | None = None,
+    *,
+    limited: bool = False,
 ) -> list[list[float | None]]:
-    """Arrange the full test cells of one adapter mode as R, one row and column per task.
+    """Arrange the test cells of one adapter mode as R, one row and column per task.
 
     Args:
         scores: the cells of a run.
@@ -160,14 +169,15 @@ def matrix_from_scores(
         mode: the adapter mode; under ``own`` a task's adapter never changes, so R[i][j] = R[j][j]
             for i >= j.
         decoding: the decoding of the cells; None takes the most common one of that mode.
+        limited: arrange what ``--limit`` made instead of the full test cells; for the eye only.
     """
-    cells = [cell for cell in full_cells(scores) if cell.adapter == mode]
+    cells = test_cells((cell for cell in scores if cell.adapter == mode), limited=limited)
     chosen = most_common_decoding(cells) if decoding is None else decoding
     index = {name: position for position, name in enumerate(tasks)}
     R: list[list[float | None]] = [[None] * len(tasks) for _ in tasks]
     # Rows ascend, so that of two cells at one place the one with more rows stays.
-    for cell in sorted(full_cells(cells, chosen), key=lambda cell: cell.rows):
-        if cell.after in index and cell.task in index:
+    for cell in sorted(cells, key=lambda cell: cell.rows):
+        if cell.decoding == chosen and cell.after in index and cell.task in index:
             R[index[cell.after]][index[cell.task]] = cell.score
     return _repeat_own(R) if mode == "own" else R
 
@@ -191,7 +201,7 @@ def zero_shot_from_scores(
         tasks: task names; the answer has the same order.
         decoding: as in :func:`matrix_from_scores`.
     """
-    cells = [cell for cell in full_cells(scores, decoding) if cell.after is None]
+    cells = [cell for cell in test_cells(scores, decoding) if cell.after is None]
     found: dict[str, float] = {}
     for cell in sorted(cells, key=lambda cell: (cell.adapter == "base", cell.rows)):
         found[cell.task] = cell.score

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 SYNTHETIC = "built-in, synthetic"
@@ -94,6 +94,7 @@ class RunReport:
         fwt: forward transfer.
         missing: places (after, task) of cells that a number needs and that were not measured.
         limited_cells: cells made with ``--limit``, which enter no number.
+        limited_matrix: as matrix, from those cells; only where matrix has no score at all.
         train_seconds: sum over the tasks.
         evaluate_seconds: sum over the tasks.
         tree: the tree document, None for a method without a tree.
@@ -123,6 +124,7 @@ class RunReport:
     fwt: float | None
     missing: tuple[tuple[str, str], ...] = ()
     limited_cells: int = 0
+    limited_matrix: tuple[tuple[float | None, ...], ...] = ()
     train_seconds: float | None = None
     evaluate_seconds: float | None = None
     tree: dict[str, Any] | None = None
@@ -134,6 +136,13 @@ class RunReport:
     def synthetic(self) -> bool:
         """True when the model or any task is built in or generated."""
         return self.builtin_base or self.builtin_data or any(t.synthetic for t in self.tasks)
+
+    def at_a_glance(self) -> RunReport | None:
+        """The same run with the scores of few rows in the matrix, to look at; None without."""
+        if not self.limited_matrix:
+            return None
+        tasks = tuple(replace(task, zero_shot=None) for task in self.tasks)
+        return replace(self, matrix=self.limited_matrix, tasks=tasks)
 
     @property
     def total_seconds(self) -> float | None:

@@ -23,6 +23,7 @@ class Scored:
         zero_shot: the scores before any training.
         mode: the adapter mode of R.
         decoding: the decoding of all scores; None without any.
+        few_rows: as R, from cells made with ``--limit``; empty when R has any score.
     """
 
     names: list[str]
@@ -30,6 +31,7 @@ class Scored:
     zero_shot: list[float | None]
     mode: str
     decoding: str | None
+    few_rows: list[list[float | None]]
 
     @property
     def learned(self) -> int:
@@ -66,11 +68,16 @@ def score(
     """
     names = [str(entry["name"]) for entry in entries]
     if decoding is None:
-        of_mode = [cell for cell in metrics.full_cells(cells) if cell.adapter == mode]
+        of_mode = [cell for cell in metrics.test_cells(cells) if cell.adapter == mode]
         decoding = metrics.most_common_decoding(of_mode)
     R = metrics.matrix_from_scores(cells, names, mode, decoding)
     zero_shot = metrics.zero_shot_from_scores(cells, names, decoding)
-    return Scored(names, R[: _learned(entries, R)], zero_shot, mode, decoding)
+    learned = _learned(entries, R)
+    limited: list[list[float | None]] = []
+    if not any(score is not None for row in R for score in row):
+        limited = metrics.matrix_from_scores(cells, names, mode, limited=True)[:learned]
+        limited *= any(score is not None for row in limited for score in row)
+    return Scored(names, R[:learned], zero_shot, mode, decoding, limited)
 
 
 def _learned(entries: Sequence[Mapping[str, Any]], R: metrics.Matrix) -> int:

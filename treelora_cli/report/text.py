@@ -15,6 +15,7 @@ from rich.text import Text
 from treelora_cli.report.metrics import DEFINITIONS
 from treelora_cli.report.model import RunReport, TaskReport
 from treelora_cli.report.words import (
+    LIMITED,
     NOT_MEASURED,
     count,
     covers,
@@ -94,7 +95,10 @@ def _run(report: RunReport, width: int, alone: bool) -> list[RenderableType]:
     parts: list[RenderableType] = [Text()]
     if alone:
         parts += [_numbers(report), Text()]
-    parts += [*_matrix(report, width), _task_table(report, width), Text()]
+    glance = report.at_a_glance()
+    if glance is not None:
+        parts += [Text(LIMITED, style="yellow")]
+    parts += [*_matrix(glance or report, width), _task_table(report, width), Text()]
     if report.missing:
         parts += [Text("Not measured", style="bold")]
         parts += [Padding(Text(line), (0, 0, 0, 2)) for line in missing_lines(report)]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from treelora_cli.report.model import SYNTHETIC, RunReport
 
 NOT_MEASURED = "—"
+LIMITED = "Scores on the few rows of --limit: to look at, they enter no number"
 
 # C0 and C1 controls (escape sequences start with one), the characters that turn the reading
 # direction, the separators that only some readers break lines at, and lone surrogates.
@@ -145,9 +146,12 @@ def notices(reports: Sequence[RunReport]) -> list[str]:
                 f"{prefix}this run is not finished ({report.status}); numbers are {covers(report)}"
             )
         if report.limited_cells:
-            found.append(
-                f"{prefix}{report.limited_cells} scores were made with --limit and enter no number"
+            many = (
+                "1 score was"
+                if report.limited_cells == 1
+                else f"{report.limited_cells} scores were"
             )
+            found.append(f"{prefix}{many} made with --limit; such scores enter no number")
     return found + _differences(reports)
 
 

@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from treelora_cli.tasks.text import mteval_words
 
 _LONGEST = 4
 _MARKER_LINES = 4
-_MARKER_LENGTH = 60
+_CUE_LINE = re.compile(r".{1,60}[:：]\s*")
+_INLINE_CUE = re.compile(
+    r"(?:paragraph|text|source|input|sentence|original|absatz|satz|文本)[:：]\s*(?=\S)",
+    re.IGNORECASE,
+)
 
 Ngram = tuple[str, ...]
 
@@ -100,17 +104,18 @@ def _f1(precision: float, recall: float) -> float:
 def source_text(prompt: str) -> str:
     """Return the text to be simplified: the prompt without its instruction and its last cue.
 
-    Taken off are everything up to a short line among the first four that ends in a colon
-    (``Paragraph:``), and a short last line that does (``Simplification:``). A prompt without
-    such lines, or with nothing left between them, is returned as it is.
+    Taken off are everything up to the first cue among the first four lines (a short line that
+    ends in a colon, or ``Paragraph:``, ``Text:`` and the like before the text), and a short last
+    line that ends in a colon (``Simplification:``). A prompt without cues, or with nothing left
+    between them, is returned as it is.
     """
     lines = prompt.rstrip().split("\n")
-    end = len(lines) - 1 if _is_cue(lines[-1:]) else len(lines)
-    heads = (at + 1 for at in range(min(_MARKER_LINES, end)) if _is_cue(lines[at : at + 1]))
-    text = "\n".join(lines[next(heads, 0) : end]).strip()
-    return text or prompt
-
-
-def _is_cue(lines: Iterable[str]) -> bool:
-    pattern = re.compile(rf".{{1,{_MARKER_LENGTH}}}[:：]\s*")
-    return any(pattern.fullmatch(line) for line in lines)
+    end = len(lines) - 1 if _CUE_LINE.fullmatch(lines[-1]) else len(lines)
+    for at in range(min(_MARKER_LINES, end)):
+        if _CUE_LINE.fullmatch(lines[at]):
+            text = "\n".join(lines[at + 1 : end]).strip()
+            return text or prompt
+        inline = _INLINE_CUE.match(lines[at])
+        if inline is not None:
+            return "\n".join([lines[at][inline.end() :], *lines[at + 1 : end]]).strip()
+    return "\n".join(lines[:end]).strip() or prompt

@@ -32,7 +32,7 @@ class Task:
         reading: how an accuracy task's prediction is read: ``whole`` (the full answer) or
             ``first_letter`` (ScienceQA: the letter before the explanation).
         separator: text put between prompt and answer; the answer follows it directly.
-        fingerprint: SHA-256 over name, metric and every row of every split.
+        fingerprint: SHA-256 over name, metric, reading, separator and every row of every split.
         source: a short text for people: layout and file, or the generator and its seed.
         synthetic: True for data that was generated, not collected.
     """

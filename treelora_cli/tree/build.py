@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -178,8 +179,7 @@ def _grow(root: _Draft, depth: int, bank: SignatureBank, split: str, block_rule:
 
 def _spreads(bank: SignatureBank, tasks: list[int], offsets: list[int]) -> list[float]:
     """Return for each block how much the tasks spread along one axis, relative to chance."""
-    ends = zip(offsets, offsets[1:], strict=False)
-    return [axis_share(bank.values[:, start:end][tasks]) for start, end in ends]
+    return [axis_share(bank.values[:, start:end][tasks]) for start, end in pairwise(offsets)]
 
 
 def _number(root: _Draft, bank: SignatureBank, split: str, block_rule: str) -> GradientTree:

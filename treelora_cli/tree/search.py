@@ -128,6 +128,8 @@ class _Pulls:
             self.total, self.sigma = int(state["total"]), float(state["sigma"])
             self._mean, self._squares = float(state["mean"]), float(state["squares"])
             self.last = None if state["last"] is None else int(state["last"])
+            if self.last is not None and not 0 <= self.last < len(self.pulls):
+                raise ValueError(f"arm {self.last} is out of range")
         except (KeyError, IndexError, TypeError, ValueError) as cause:
             raise RunDirError(
                 f"the bandit's state does not fit a {self.kind} search: {cause}",
@@ -319,7 +321,7 @@ class RandomSearch(_Base):
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over the counters and the number of draws."""
         super().load_state(state)
-        self._draws = int(state["draws"])
+        self._draws = int(state.get("draws", self._seen.total))
 
 
 class ExhaustiveSearch(_Base):

@@ -21,7 +21,8 @@ from treelora_cli.tree.splits import SPLITS
 
 FORMAT = 1
 
-_HINT = "restore the file from a copy, or rebuild the tree from the stored signatures"
+_SIGNATURES = "signatures.safetensors"
+_HINT = "restore the file from a copy, or start the stream anew"
 
 
 def to_document(
@@ -109,15 +110,15 @@ def from_tensors(tensors: Mapping[str, Tensor], names: Sequence[str]) -> Signatu
     """
     missing = {"values", "displacements", "widths"} - set(tensors)
     if missing:
-        raise _damaged(f"signatures.safetensors lacks {', '.join(sorted(missing))}")
+        raise _damaged(f"it lacks {', '.join(sorted(missing))}", _SIGNATURES)
     for key in ("values", "displacements"):
         if not bool(torch.isfinite(tensors[key]).all()):
-            raise _damaged(f"signatures.safetensors: {key} holds values that are not finite")
+            raise _damaged(f"{key} holds values that are not finite", _SIGNATURES)
     try:
         widths = tuple(int(width) for width in tensors["widths"].tolist())
         return SignatureBank(tuple(names), tensors["values"], widths, tensors["displacements"])
     except (TypeError, ValueError) as cause:
-        raise _damaged(f"signatures.safetensors: {cause}") from None
+        raise _damaged(str(cause), _SIGNATURES) from None
 
 
 def _node_document(node: Node) -> dict[str, Any]:
@@ -243,5 +244,5 @@ def _list(value: object, what: str) -> list[Any]:
     return value
 
 
-def _damaged(what: str) -> RunDirError:
-    return RunDirError(f"tree.json is damaged: {what}", _HINT)
+def _damaged(what: str, file: str = "tree.json") -> RunDirError:
+    return RunDirError(f"{file} is damaged: {what}", _HINT)

@@ -127,7 +127,9 @@ def axis_share(rows: Tensor) -> float:
     variance = float(centred.double().square().sum())
     if variance <= _ROUNDING**2 * float(rows.double().square().sum()):
         return 0.0
-    first = sum(value * value for value in _principal_coordinates(centred))
+    first = variance
+    if n > 2:
+        first = sum(value * value for value in _principal_coordinates(centred))
     few, many = sorted((n - 1, width))
     by_chance = (1 + math.sqrt(few / many)) ** 2 / few
     return first / variance / by_chance
@@ -161,6 +163,9 @@ def _levels(values: list[float], noise: float) -> list[int] | None:
 def _principal_coordinates(centred: Tensor) -> list[float]:
     """Return the projections [n] of centred rows [n, F_d] on their first principal axis."""
     n, width = centred.shape
+    if n == 2:
+        half = float(centred[0].double().norm())
+        return [-half, half]
     if min(n, width) > _EXACT_SIZE:
         return _power_coordinates(centred)
     if n <= width:
