@@ -53,7 +53,9 @@ class DataSection(Section):
 
     path: str | None = Field(None, description="folder of tasks; nothing: the built-in ones")
     max_prompt_tokens: Positive = Field(1024, description="longer prompts are cut")
-    max_answer_tokens: Positive = Field(512, description="longer answers are cut; also caps each task's own length when asked")
+    max_answer_tokens: Positive = Field(
+        512, description="longer answers are cut; also caps each task's own length when asked"
+    )
     truncate: Literal["left", "middle"] = Field(
         "left", description="which part of a long prompt goes: its beginning, or its middle"
     )

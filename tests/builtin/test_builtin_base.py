@@ -93,7 +93,7 @@ def test_answers_are_short_tokens_and_fit_their_limits(tokenizer):
         return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     assert all(count(f" {letter}") == 1 for letter in "ABC")
-    assert all(count(f" {number}") == 1 for number in range(21))
+    assert all(count(f" {number}") == 1 for number in range(1, 17))
     for name in miniature.NAMES:
         task = miniature.load(name)
         for rows in task.splits.values():

@@ -181,7 +181,21 @@ def test_the_tree_as_text_names_every_task_and_its_split(run):
     for name in names_for(3):
         assert name in shown
     assert "0.125" in shown
-    assert "principal" in shown
+    assert "split principal" in shown
+    assert "treelora on meta-llama/Llama-3.2-1B-Instruct, after MeetingBank (3 tasks)" in shown
+
+
+def test_the_tree_of_built_in_things_says_so(tmp_path):
+    run = make_run(tmp_path / "run", builtin=True, model="tiny")
+    assert "tiny (built-in, synthetic)" in call("tree", "show", run).stdout
+
+
+def test_a_damaged_tree_is_reported(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "tree" / "tree.json").write_text('{"format": 1, "tasks": ["a"], "nodes": [{}]}')
+    for args in (["report"], ["tree", "show"]):
+        with pytest.raises(RunDirError, match=r"tree\.json"):
+            call(*args, run)
 
 
 def test_the_tree_as_json_is_the_document(run):

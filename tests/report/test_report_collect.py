@@ -4,16 +4,20 @@ import json
 import math
 import os
 import stat
+import threading
+from unittest import mock
 
 import pytest
-from report_fixtures import cell, make_cells, make_run, names_for, score
+from report_fixtures import cell, make_cells, make_run, names_for, score, tree_document
 
 from treelora_cli.errors import RunDirError
 from treelora_cli.report.collect import collect
 from treelora_cli.report.losses import MOST_POINTS, loss_curves, thin
 from treelora_cli.report.model import LossPoint
+from treelora_cli.rundir.atomic import commit_dir, write_json
 from treelora_cli.rundir.events import EventLog
 from treelora_cli.rundir.layout import RunDir
+from treelora_cli.rundir.scores import Scores
 
 
 def edit(path, change):
@@ -248,3 +252,34 @@ def test_odd_values_in_the_files_do_no_harm(tmp_path):
 def test_open_gives_the_same_tasks(tmp_path):
     run = make_run(tmp_path / "run")
     assert [t.name for t in collect(run).tasks] == [e["name"] for e in RunDir.open(run).info.tasks]
+
+
+def test_reading_while_another_process_writes(tmp_path):
+    """What is read is one state or the next, never an error."""
+    path = make_run(tmp_path / "run", tasks=3)
+    run = RunDir.open(path)
+    cells = make_cells(names_for(3), 3)
+    stop = threading.Event()
+
+    def write() -> None:
+        log = EventLog(run.events)
+        while not stop.is_set():
+            Scores(cells[: len(cells) - 2]).save(run.scores)
+            Scores(cells).save(run.scores)
+            log.append("step", task="FOMC", step=1, loss=1.0)
+            write_json(run.tree_json, tree_document(names_for(3)))
+            run.save_info()
+            with commit_dir(run.task_dir(0, "C-STANCE")) as place:
+                write_json(place / "task.json", {"steps": 40})
+
+    with mock.patch("os.fsync"):
+        writer = threading.Thread(target=write)
+        writer.start()
+        try:
+            for _ in range(25):
+                report = collect(path)
+                assert report.tasks[0].steps == 40
+                assert report.tree["tasks"] == names_for(3)
+        finally:
+            stop.set()
+            writer.join()

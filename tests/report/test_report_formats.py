@@ -14,7 +14,7 @@ from report_fixtures import cell, make_cells, make_run, names_for, tree_document
 from treelora_cli.errors import RunDirError, UsageError
 from treelora_cli.report import words
 from treelora_cli.report.collect import collect
-from treelora_cli.report.curves import STYLES
+from treelora_cli.report.curves import STYLES, loss_curve
 from treelora_cli.report.dendrogram import dendrogram
 from treelora_cli.report.document import document
 from treelora_cli.report.formats import choose
@@ -22,6 +22,7 @@ from treelora_cli.report.heatmap import heatmap
 from treelora_cli.report.html import html
 from treelora_cli.report.markdown import escaped, fenced, markdown
 from treelora_cli.report.metrics import DEFINITIONS
+from treelora_cli.report.model import LossPoint, TaskReport
 from treelora_cli.report.ramp import DARK, LIGHT, STEPS, _luminance, colours, contrast, level
 from treelora_cli.report.svg import Scale, element, nice_ticks, shorten, text_width
 from treelora_cli.report.text import text
@@ -310,6 +311,35 @@ def test_the_tree_picture(runs):
         assert f">{number} {name}<" in re.sub(r"<title>.*?</title>", "", drawn)
 
 
+def curve(*losses):
+    return TaskReport("a", loss=tuple(LossPoint(n, loss) for n, loss in enumerate(losses, 1)))
+
+
+def test_a_loss_that_falls_by_orders_is_drawn_by_its_logarithm():
+    falling = str(loss_curve([curve(10, 1, 0.01, 0.01, 0.01, 0.001, 0)]))
+    assert "logarithmic" in falling
+    for tick in ("10", "1", "0.1", "0.01", "0.001"):
+        assert f">{tick}</text>" in falling
+    points = re.search('points="([^"]+)"', falling)[1].split()
+    heights = [float(point.split(",")[1]) for point in points]
+    assert heights == sorted(heights)
+    assert heights[1] - heights[0] == pytest.approx((heights[2] - heights[1]) / 2, abs=0.1)
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30))
+def test_every_loss_curve_stays_inside_its_picture(losses):
+    drawn = str(loss_curve([curve(*losses)]))
+    for point in re.search('points="([^"]+)"', drawn)[1].split():
+        x, y = map(float, point.split(","))
+        assert 0 <= x <= 940
+        assert 0 <= y <= 240
+
+
+def test_a_usual_loss_is_drawn_straight():
+    assert "logarithmic" not in str(loss_curve([curve(2.5, 1.5, 1.2, 0.9)]))
+    assert loss_curve([curve()]) is None
+
+
 def test_a_very_deep_tree_can_be_drawn():
     count = 1500
     nodes = []
@@ -352,7 +382,7 @@ def test_a_damaged_tree_is_an_error_that_names_the_file(tmp_path, name):
     damaged_trees()[name](tree)
     path = tmp_path / "tree.json"
     path.write_text(json.dumps(tree))
-    with pytest.raises(RunDirError, match="tree.json"):
+    with pytest.raises(RunDirError, match=r"tree\.json"):
         read_tree(path)
 
 

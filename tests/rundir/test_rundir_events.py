@@ -43,6 +43,15 @@ def test_append_and_read(path):
     assert path.read_bytes().count(b"\n") == 2
 
 
+def test_only_a_synced_event_is_flushed(path, monkeypatch):
+    flushed: list[int] = []
+    monkeypatch.setattr("os.fsync", flushed.append)
+    EventLog(path).append("step", step=1)
+    assert flushed == []
+    EventLog(path).append("task_finished", sync=True)
+    assert len(flushed) == 1
+
+
 def test_a_missing_log_is_empty(path):
     assert read_events(path) == []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+from pathlib import Path
 
 import pytest
 from rundir_trace import trace
@@ -81,6 +82,48 @@ def test_write_file_replaces_a_link_and_leaves_its_target(tmp_path):
 def test_write_file_text_with_a_lone_surrogate_is_written(tmp_path):
     atomic.write_file(tmp_path / "x", "a\ud800b é")
     assert (tmp_path / "x").read_bytes() == b"a\\ud800b \xc3\xa9"
+
+
+@pytest.fixture
+def flushed(monkeypatch) -> list[Path]:
+    """The files and folders flushed so far."""
+    found: list[Path] = []
+    fsync = os.fsync
+
+    def watched(descriptor):
+        found.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    return found
+
+
+def test_a_file_is_flushed_and_then_its_folder(tmp_path, flushed):
+    atomic.write_file(tmp_path / "x", "1")
+    assert [path.name.split(".tmp-")[0] for path in flushed] == [".x", tmp_path.name]
+
+
+def test_new_folders_are_flushed_into_their_parents(tmp_path, flushed):
+    atomic.ensure_dir(tmp_path / "a" / "b")
+    assert flushed == [tmp_path, tmp_path / "a"]
+    atomic.ensure_dir(tmp_path / "a" / "b")
+    assert len(flushed) == 2
+
+
+@pytest.mark.parametrize("trap", ["link", "file"])
+def test_a_temporary_name_that_is_taken_is_not_written_to(tmp_path, monkeypatch, trap):
+    outside = tmp_path / "outside"
+    outside.write_text("untouched")
+    planted = tmp_path / f".x.tmp-{os.getpid()}-0123abcd"
+    monkeypatch.setattr("secrets.token_hex", lambda size: "0123abcd")
+    if trap == "link":
+        planted.symlink_to(outside)
+    else:
+        planted.hardlink_to(outside)
+    with pytest.raises(RunDirError, match="File exists"):
+        atomic.write_file(tmp_path / "x", "new")
+    assert outside.read_text() == "untouched"
+    assert not (tmp_path / "x").exists()
 
 
 def test_write_file_keeps_to_the_umask(tmp_path):

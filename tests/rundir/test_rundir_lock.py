@@ -116,7 +116,7 @@ def test_of_twenty_starters_one_wins(run_dir):
                     os.read(hold_out, 1)
                     os._exit(0)
             except BusyError:
-                word = b"B" if time.monotonic() - start < 1 else b"S"
+                word = b"B" if time.monotonic() - start < 5 else b"S"
             finally:
                 os.write(report_in, word)
                 os._exit(0)
@@ -217,8 +217,9 @@ def test_a_folder_that_cannot_be_written_to(in_child):
 
 def test_a_full_disk_gives_the_lock_back(run_dir, arm):
     arm("file.tmp-opened:enospc")
-    with pytest.raises(EnvironmentProblem, match="the disk is full"), RunLock(run_dir):
-        pass
+    lock = RunLock(run_dir)
+    with pytest.raises(EnvironmentProblem, match="the disk is full"):
+        lock.__enter__()
     with RunLock(run_dir):
         pass
 

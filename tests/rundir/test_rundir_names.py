@@ -81,8 +81,12 @@ def test_every_action_does_what_it_says(in_child, monkeypatch, arm):
         assert in_child(lambda: faults.hit("here"), f"here:{action}") == code
         assert in_child(lambda: faults.hit("there"), f"here:{action}") == 0
     arm("here:int")
-    with pytest.raises(KeyboardInterrupt):
-        faults.hit("here")
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            faults.hit("here")
+    finally:
+        signal.signal(signal.SIGINT, handler)
     arm("here:eio:3")
     faults.hit("here")
     faults.hit("here")

@@ -131,6 +131,21 @@ def test_a_hostile_file_is_one_error(tmp_path, case):
         load_tensors(path)
 
 
+def test_a_header_longer_than_the_format_allows_is_not_even_read(tmp_path):
+    path = tmp_path / "a.safetensors"
+    with path.open("wb") as stream:
+        stream.write(raw(b"{}", length=100_000_001))
+        stream.truncate(200_000_000)
+    with pytest.raises(RunDirError, match="a header of 100,000,001 bytes"):
+        load_tensors(path)
+
+
+def test_another_ending_is_refused_whatever_is_inside(tmp_path):
+    save_tensors(tmp_path / "a.bin", some())
+    with pytest.raises(RunDirError, match=r"not a \.safetensors file"):
+        load_tensors(tmp_path / "a.bin")
+
+
 class Canary:
     def __init__(self, path):
         self.path = path

@@ -19,9 +19,14 @@ def stdout() -> Console:
     """Return the console for results: colour only on a terminal, room for tables in a pipe."""
     from rich.console import Console
 
+    class Output(Console):
+        def on_broken_pipe(self) -> None:
+            """Let the command line end quietly instead of with rich's exit code 1."""
+            raise BrokenPipeError
+
     if sys.stdout.isatty():
-        return Console(highlight=False)
-    return Console(width=PIPE_WIDTH, highlight=False)
+        return Output(highlight=False)
+    return Output(width=PIPE_WIDTH, highlight=False)
 
 
 def stderr() -> Console:

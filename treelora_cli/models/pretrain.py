@@ -53,7 +53,7 @@ class PretrainSettings:
         threads: threads of one matrix product; another number may change the last bits.
     """
 
-    tokens: int | None = 3_000_000
+    tokens: int | None = 6_000_000
     minutes: float | None = None
     seed: int = 7
     vocabulary: int = 1536

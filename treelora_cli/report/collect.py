@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from treelora_cli.errors import RunDirError
 from treelora_cli.report import metrics
 from treelora_cli.report.losses import loss_curves
 from treelora_cli.report.model import SYNTHETIC, LossPoint, RunReport, TaskReport
@@ -78,8 +79,17 @@ def _tasks(sources: _Sources) -> tuple[TaskReport, ...]:
 
 def _task_document(folder: Path) -> Json:
     """Read task.json, without the checksums: they would read every weight of the run."""
-    place = committed(folder)
-    return (_read_document(place / "task.json") if place else None) or {}
+    for _ in range(3):
+        place = committed(folder)
+        if place is None:
+            break
+        try:
+            return read_json(place / "task.json")
+        except RunDirError:
+            # A writer may have replaced the folder between the two lines above.
+            if os.path.lexists(place / "task.json"):
+                raise
+    return {}
 
 
 def _task(known: Json, j: int, scored: Scored, loss: tuple[LossPoint, ...]) -> TaskReport:
@@ -150,11 +160,6 @@ def _report(run_path: Path, sources: _Sources, tasks: tuple[TaskReport, ...]) ->
         versions=_versions(info),
         command=_command(info.get("command")),
     )
-
-
-def _read_document(path: Path) -> Json | None:
-    """Read a JSON object; None where there is no such file."""
-    return read_json(path) if os.path.lexists(path) else None
 
 
 def _recipe(path: Path) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
 
 from markupsafe import Markup
 
@@ -38,7 +41,7 @@ def op_curves(
     ticks = nice_ticks(max(0.0, min(known) - 2), min(100.0, max(known) + 2))
     x = Scale(1, last, _LEFT + 10, width - _RIGHT - 10)
     y = Scale(ticks[0], ticks[-1], _HEIGHT - _BOTTOM, _TOP)
-    parts = _y_axis(ticks, y, width)
+    parts = _y_axis(ticks, y, width, [tick_text(tick) for tick in ticks])
     step = max(1, -(-last // (width // 36)))
     for n in range(1, last + 1):
         if (n - 1) % step == 0:
@@ -94,23 +97,60 @@ def loss_curve(tasks: Sequence[TaskReport], width: int = WIDE, only: str = "") -
     if not drawn:
         return None
     length = sum(task.loss[-1].step for _, task in drawn)
-    ticks = nice_ticks(0, max(point.loss for _, task in drawn for point in task.loss))
+    height = _loss_height([point.loss for _, task in drawn for point in task.loss])
     x = Scale(0, length, _LEFT, width - _RIGHT)
-    y = Scale(ticks[0], ticks[-1], _HEIGHT - _BOTTOM, _TOP + 12)
+    y = height.scale
     parts: list[Markup] = []
     lines: list[Markup] = []
     start = 0
     for (number, task), shown in zip(drawn, _above(drawn, x), strict=True):
         end = start + task.loss[-1].step
         parts += _stretch(number, shown, task.name, (x(start), x(end)))
-        lines.append(_line([(x(start + p.step), y(p.loss)) for p in task.loss], "line s0 thin"))
+        lines.append(
+            _line([(x(start + p.step), height(p.loss)) for p in task.loss], "line s0 thin")
+        )
         start = end
-    parts += _y_axis(ticks, y, width)
+    parts += _y_axis(height.ticks, y, width, height.texts)
     parts += [_below(tick_text(tick), x(tick)) for tick in _inside(length, width)]
     middle = (_LEFT + width - _RIGHT) / 2
-    axis = element("text", "optimizer steps", x=middle, y=_HEIGHT - 4, class_="axis mid")
+    axis = element("text", height.axis, x=middle, y=_HEIGHT - 4, class_="axis mid")
     label = f"Training loss over {length} steps of {len(drawn)} tasks"
     return picture(width, _HEIGHT, label, *parts, *lines, axis, only=only)
+
+
+@dataclass(frozen=True, slots=True)
+class _LossHeight:
+    """How a loss becomes a height: straight, or by its logarithm from ``floor`` up."""
+
+    scale: Scale
+    ticks: list[float]
+    texts: list[str]
+    axis: str
+    floor: float | None = None
+
+    def __call__(self, loss: float) -> float:
+        if self.floor is None:
+            return self.scale(loss)
+        return self.scale(math.log10(max(loss, self.floor)))
+
+
+def _loss_height(losses: Sequence[float]) -> _LossHeight:
+    """A logarithmic scale where a straight one would press most of the curve to the ground."""
+    low, high = _HEIGHT - _BOTTOM, _TOP + 12
+    if max(losses) <= 20 * median(losses) or min(losses) < 0:
+        ticks = nice_ticks(min(0.0, *losses), max(losses))
+        texts = [tick_text(tick) for tick in ticks]
+        return _LossHeight(Scale(ticks[0], ticks[-1], low, high), ticks, texts, "optimizer steps")
+    top = math.ceil(math.log10(max(losses)) - 1e-9)
+    bottom = max(top - 5, math.floor(math.log10(max(min(losses), 1e-300))))
+    exponents = range(min(bottom, top - 1), top + 1)
+    return _LossHeight(
+        scale=Scale(exponents[0], exponents[-1], low, high),
+        ticks=[float(exponent) for exponent in exponents],
+        texts=[tick_text(10.0**exponent) for exponent in exponents],
+        axis="optimizer steps; the loss is on a logarithmic scale",
+        floor=10.0 ** exponents[0],
+    )
 
 
 def _inside(length: int, width: int) -> list[float]:
@@ -151,13 +191,12 @@ def _above(drawn: Sequence[tuple[int, TaskReport]], x: Scale) -> list[str]:
     ]
 
 
-def _y_axis(ticks: Sequence[float], y: Scale, width: float) -> list[Markup]:
+def _y_axis(ticks: Sequence[float], y: Scale, width: float, texts: Sequence[str]) -> list[Markup]:
     parts = []
-    for tick in ticks:
+    for tick, text in zip(ticks, texts, strict=True):
         parts.append(
             element("line", x1=_LEFT, x2=width - _RIGHT, y1=y(tick), y2=y(tick), class_="grid")
         )
-        text = tick_text(tick)
         parts.append(element("text", text, x=_LEFT - 7, y=y(tick) + 4, class_="axis end"))
     return parts
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from treelora_cli.errors import RunDirError
-from treelora_cli.report.words import clean_document
+from treelora_cli.report.words import clean, clean_document, marked
 from treelora_cli.rundir.jsonfile import read_json
+from treelora_cli.rundir.runinfo import RunInfo
 
 FORMAT = 1
 Json = dict[str, Any]
@@ -37,12 +38,28 @@ def read_tree(path: Path) -> Json | None:
     return document
 
 
+def caption(info: RunInfo, document: Json) -> str:
+    """One line that says whose tree this is and what it was made from."""
+    tasks = document["tasks"]
+    who = marked(
+        f"{clean(info.method)} on {marked(clean(info.model), info.builtin_base)}",
+        info.builtin_data and not info.builtin_base,
+    )
+    facts = [f"{who}, after {tasks[-1]} ({len(tasks)} task{'s' * (len(tasks) != 1)})"]
+    signature = document.get("signature")
+    if isinstance(signature, dict) and signature.get("kind"):
+        facts.append(f"signature {signature['kind']} over {signature.get('blocks')} blocks")
+    if document.get("split"):
+        facts.append(f"split {document['split']}, block rule {document.get('block_rule')}")
+    return "; ".join(facts)
+
+
 def problem(document: Json) -> str:
     """Say what is wrong with a tree document; empty if nothing is."""
     tasks, nodes = document.get("tasks"), document.get("nodes")
     if not isinstance(tasks, list) or not all(isinstance(name, str) for name in tasks):
         return "it has no list of task names"
-    if not isinstance(nodes, list) or not nodes:
+    if not tasks or not isinstance(nodes, list) or not nodes:
         return "it has no nodes"
     for position, node in enumerate(nodes):
         wrong = _node_problem(node, position, len(nodes), len(tasks))
@@ -54,25 +71,22 @@ def problem(document: Json) -> str:
 
 def _node_problem(node: Any, position: int, nodes: int, tasks: int) -> str:
     """Children come after their parent, so that links cannot make a cycle."""
-    if not isinstance(node, dict) or node.get("id") != position:
-        return "its id is not its position"
-    parent = node.get("parent")
-    if position > 0 and not (_is_count(parent) and parent < position):
-        return "its parent does not stand before it"
-    if not _are_within(node.get("children"), position + 1, nodes):
-        return "its children do not stand after it"
-    if not _are_within(node.get("tasks"), 0, tasks) or not node["tasks"]:
-        return "its tasks are not in the list"
-    if not _is_count(node.get("depth")):
-        return "its depth is no count"
-    numbers = (node.get(key) for key in ("threshold", "radius"))
-    if not all(number is None or _is_finite(number) for number in numbers):
-        return "a number of it is none"
-    if node["children"] and not (
-        {"split", "block", "threshold"} <= set(node) and _is_finite(node.get("radius"))
-    ):
-        return "it does not say what split it"
-    return ""
+    if not isinstance(node, dict):
+        return "it is not an object"
+    parent, children = node.get("parent"), node.get("children")
+    numbers = [node.get(key) for key in ("threshold", "radius") if node.get(key) is not None]
+    described = {"split", "block", "threshold"} <= set(node) and "radius" in node
+    checks = {
+        "its id is not its position": node.get("id") == position,
+        "its parent does not stand before it": position == 0 or _are_within([parent], 0, position),
+        "its children do not stand after it": _are_within(children, position + 1, nodes),
+        "its tasks are not in the list": _are_within(node.get("tasks"), 0, tasks),
+        "it has no task": bool(node.get("tasks")),
+        "its depth is no count": _is_count(node.get("depth")),
+        "a number of it is none": all(map(_is_finite, numbers)),
+        "it does not say what split it": not children or described,
+    }
+    return next((wrong for wrong, holds in checks.items() if not holds), "")
 
 
 def _are_within(values: Any, low: int, high: int) -> bool:

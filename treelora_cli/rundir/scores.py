@@ -127,9 +127,8 @@ class Scores:
         write_json(path, {"format": FORMAT, "cells": [asdict(cell) for cell in self.cells]})
 
 
-def _order(key: Key) -> tuple[bool, str, str, str, str, int, bool, str]:
-    after, *rest = key
-    return (after is not None, after or "", *rest)  # type: ignore[return-value]
+def _order(key: Key) -> tuple[str, str, str, str, int, bool, str]:
+    return (key[0] or "", *key[1:])
 
 
 def _cell(path: Path, number: int, row: Any) -> Cell:

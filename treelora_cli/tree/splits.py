@@ -45,7 +45,7 @@ def principal(rows: Tensor) -> Cut:
     The coordinate is the projection of the centred signature on the axis; the left side is below
     the threshold. Only gaps in the middle half are considered (each side keeps at least a quarter
     of the group), so the depth stays logarithmic; among equal gaps the most balanced wins. The
-    axis points away from the first task that is not near its middle, which puts that task left.
+    axis points away from the group's first task (or the next, if that lies at the mean).
 
     Args:
         rows: float32 [n, F_d], n >= 2.
@@ -57,16 +57,18 @@ def principal(rows: Tensor) -> Cut:
     levels = _levels(along, noise)
     if levels is None:
         return _by_index(n)
-    widest = max(abs(value) for value in along)
-    if next(value for value in along if abs(value) >= widest / 2) > 0:
+    rounding = (max(along) - min(along)) / _RESOLUTION
+    if next(value for value in along if abs(value) > rounding) > 0:
         along = [-value for value in along]
         levels = [-level for level in levels]
     order = sorted(range(n), key=lambda i: (levels[i], i))
-    sizes = range(-(-n // 4), 3 * n // 4 + 1)
-    size = max(
-        sizes,
-        key=lambda m: (levels[order[m]] - levels[order[m - 1]], -abs(2 * m - n), -m),
-    )
+    gaps = {
+        size: levels[order[size]] - levels[order[size - 1]]
+        for size in range(-(-n // 4), 3 * n // 4 + 1)
+    }
+    # Two gaps that are equal may differ by a step at either end.
+    widest = [size for size, gap in gaps.items() if gap >= max(gaps.values()) - 2]
+    size = min(widest, key=lambda m: (abs(2 * m - n), m))
     below, above = along[order[size - 1]], along[order[size]]
     return _sides(order[:size], order[size:], (below + above) / 2)
 
