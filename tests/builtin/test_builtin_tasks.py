@@ -27,9 +27,9 @@ def test_names_are_the_eight_in_trace_order():
 
 @pytest.mark.parametrize("name", miniature.NAMES)
 def test_default_rows_no_text_twice_and_quick(name):
-    started = time.perf_counter()
+    started = time.process_time()
     task = miniature.load(name)
-    assert time.perf_counter() - started < 0.3
+    assert time.process_time() - started < 0.3
     assert {split: len(rows) for split, rows in task.splits.items()} == {
         "train": 300, "eval": 50, "test": 100,
     }  # fmt: skip

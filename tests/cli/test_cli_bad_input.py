@@ -171,7 +171,10 @@ def test_debug_shows_a_traceback(tmp_path) -> None:
     assert "error: there is no run directory" in done.stderr
 
 
-def test_a_reader_that_has_seen_enough(treelora, tiny_model, data, tmp_path) -> None:
+@pytest.mark.parametrize(("command", "flag"), [("tree show", ""), ("report", "--json")])
+def test_a_reader_that_has_seen_enough(
+    treelora, tiny_model, data, tmp_path, command, flag
+) -> None:
     run = tmp_path / "run"
     assert train(treelora, tiny_model, data, run).code == 0
     import subprocess
@@ -180,7 +183,7 @@ def test_a_reader_that_has_seen_enough(treelora, tiny_model, data, tmp_path) -> 
     code = "from treelora_cli.cli.app import main; main()"
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
-        f'"{sys.executable}" -c "{code}" tree show "{run}" | head -1; echo "${{PIPESTATUS[0]}}"',
+        f'"{sys.executable}" -c "{code}" {command} "{run}" {flag} | true; echo "${{PIPESTATUS[0]}}"',
         shell=True, executable="/bin/bash", capture_output=True, text=True, check=False,
         env={**os.environ, "PYTHONPATH": str(root)},
     )  # fmt: skip

@@ -15,7 +15,7 @@ import pytest
 from brute import brute_force_arm
 from conftest import ROOT, run_command, toy_arguments, toy_rows, write_task
 
-from treelora_cli.rundir import faults
+from treelora_cli.rundir import checkpoints, faults
 from treelora_cli.rundir.events import read_events
 from treelora_cli.rundir.layout import RunDir
 from treelora_cli.rundir.lock import RunLock
@@ -118,6 +118,37 @@ def test_killed_and_resumed(reference, tiny_model, toy_data, tmp_path, fault) ->
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     done = run_command(*arguments)
     assert done.returncode == 0, done.stderr
+    assert results(run) == results(reference)
+
+
+def test_checkpoints_of_a_finished_task_never_outrank_the_next_ones(
+    treelora, monkeypatch, reference, tiny_model, toy_data, tmp_path
+) -> None:
+    """A kill after a task's commit leaves its checkpoints; the next task has lower step numbers."""
+    run = tmp_path / "run"
+    arguments = toy_arguments(tiny_model, toy_data, run, TASKS)
+    real = faults.hit
+    commits = 0
+
+    def hit(point: str) -> None:
+        nonlocal commits
+        if point == "step" and (run / "tasks" / "000-alpha").exists():
+            commits += 1
+            if commits == 4:  # beta has saved its step 2 by now
+                raise Stop
+        real(point)
+
+    kept = checkpoints.clear
+    monkeypatch.setattr(checkpoints, "clear", lambda run_dir: (_ for _ in ()).throw(Stop()))
+    with pytest.raises(Stop):
+        treelora(*arguments)
+    assert checkpoints.steps(RunDir.open(run)) == [2, 4]
+    monkeypatch.setattr(checkpoints, "clear", kept)
+    monkeypatch.setattr(faults, "hit", hit)
+    with pytest.raises(Stop):
+        treelora(*arguments)
+    assert checkpoints.steps(RunDir.open(run)) == [2]
+    assert "resumed beta after step 2" in treelora(*arguments).err
     assert results(run) == results(reference)
 
 

@@ -280,7 +280,10 @@ def test_observed_delta_with_more_tasks_than_observers() -> None:
     bank = synthetic.clusters(0, n=50, groups=5).bank
     tree = build_tree(bank)
     wide, narrow = node_deltas(tree, bank, "bound")[0], node_deltas(tree, bank, "observed")[0]
-    assert all(0 <= few < many or node.is_leaf for few, many, node in zip(narrow, wide, tree.nodes, strict=True))
+    assert all(
+        0 <= few < many or node.is_leaf
+        for few, many, node in zip(narrow, wide, tree.nodes, strict=True)
+    )
 
 
 def test_a_single_task_is_always_the_arm() -> None:

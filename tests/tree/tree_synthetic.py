@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 import random
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -143,9 +144,7 @@ def purity(tree: GradientTree, labels: tuple[int, ...]) -> float:
     """Mean share of the most frequent label in the groups at depth log2 of the number of labels."""
     level = round(math.log2(len(set(labels))))
     groups = [
-        node
-        for node in tree.nodes
-        if node.depth == level or (node.is_leaf and node.depth < level)
+        node for node in tree.nodes if node.depth == level or (node.is_leaf and node.depth < level)
     ]
     most = [statistics.multimode([labels[task] for task in node.tasks])[0] for node in groups]
     right = sum(
@@ -153,3 +152,98 @@ def purity(tree: GradientTree, labels: tuple[int, ...]) -> float:
         for node, label in zip(groups, most, strict=True)
     )
     return right / len(labels)
+
+
+def released_rule_hits(seed: int, steps: int) -> float:
+    """The arm rule of the released code (one epoch, its per-layer statistics), as documented.
+
+    sums hold negative distances; the bonus is subtracted and the whole negated again, so far and
+    unpulled arms score high; scores are shifted by their minimum, divided by one range over all
+    arms and layers, and every layer draws from a softmax of them.
+    """
+    problem = clusters(seed)
+    table = problem.bank.scaled_distances(problem.query, problem.bank.scales()).double()
+    noise = problem.deviation() * math.sqrt(table.shape[1])
+    rng = torch.Generator().manual_seed(seed)
+    sums, pulls = torch.zeros_like(table), torch.zeros_like(table)
+    hits, layers = [], range(table.shape[1])
+    for t in range(steps):
+        mean = torch.where(pulls > 0, sums / pulls.clamp(min=1), 0.0)
+        bonus = math.sqrt(math.log(2 * steps * (t + 1) * (t + 2))) / (2 * pulls + 1e-5).sqrt()
+        score = -(mean - bonus)
+        score = score + score.min()
+        score = score / (score.max() - score.min() + 1e-5)
+        arms = torch.multinomial(score.T.softmax(1), 1, generator=rng).flatten().tolist()
+        for layer, arm in zip(layers, arms, strict=True):
+            pulls[arm, layer] += 1
+            pull_noise = noise * float(torch.randn((), generator=rng, dtype=torch.float64))
+            sums[arm, layer] -= float(table[arm, layer]) + pull_noise
+        if t >= steps // 2:
+            hits.append(sum(arm in problem.right for arm in arms) / len(arms))
+    return statistics.mean(hits)
+
+
+def score(
+    kind: str,
+    make_problem: Callable[[int], Problem],
+    steps: int,
+    c: float,
+    delta: str,
+    **rules: str,
+) -> tuple[float, float, float]:
+    """Return median hits, the 10th percentile of hits and the median regret of 20 seeds."""
+    found, regrets = [], []
+    for seed in range(20):
+        problem = make_problem(seed)
+        split, rule = rules.get("split", "principal"), rules.get("rule", "spread")
+        arms = play(make(kind, problem, c, delta, split, rule), problem, steps, seed)
+        found.append(hits(arms, problem.right))
+        regrets.append(regret(arms, problem))
+    return statistics.median(found), sorted(found)[2], statistics.median(regrets)
+
+
+PROBLEMS: dict[str, tuple[int, Callable[[int], Problem]]] = {
+    "8 clusters": (200, clusters),
+    "8 clusters, T = 64": (64, clusters),
+    "8 clusters, noise 1": (200, lambda seed: clusters(seed, noise=1.0)),
+    "8 clusters in 2 blocks of 8": (200, lambda seed: clusters(seed, informative=2)),
+    "N = 7, 3 clusters, T = 32": (32, lambda seed: clusters(seed, n=7, groups=3)),
+    "smooth tree, N = 64": (500, smooth),
+    "smooth tree, N = 256": (500, lambda seed: smooth(seed, n=256)),
+}
+
+
+def print_table() -> None:
+    """Print what the defaults were chosen by: hits (10th percentile) / regret."""
+    for name, (steps, problem) in PROBLEMS.items():
+        print(f"\n{name}: hits (10th percentile) / regret, random", end=" ")
+        print("{0:.2f} ({1:.2f}) / {2:.0f}".format(*score("random", problem, steps, 0, "")))
+        for c in (0.25, 0.5, 0.75, 1.0, 2.0):
+            cells = [f"c {c:4}"]
+            for delta in ("observed", "median", "bound"):
+                result = score("tree", problem, steps, c, delta)
+                cells.append(delta + " {0:.2f} ({1:.2f}) / {2:3.0f}".format(*result))
+            cells.append(
+                "flat {0:.2f} ({1:.2f}) / {2:3.0f}".format(*score("flat", problem, steps, c, ""))
+            )
+            print("   ".join(cells), flush=True)
+    released = [released_rule_hits(seed, 200) for seed in range(20)]
+    print(f"\nreleased arm rule, 8 clusters: {statistics.median(released):.3f} of pulls")
+    print("\npurity at depth log2 G of G = 2 / 4 / 8 clusters, all and 2 of 8 blocks informative")
+    for split in ("principal", "official", "paper"):
+        for rule in ("spread", "index"):
+            row = [f"{split:9} {rule:6}"]
+            for informative in (None, 2):
+                for groups in (2, 4, 8):
+                    made = [clusters(s, groups=groups, informative=informative) for s in range(20)]
+                    found = [purity(build_tree(p.bank, split, rule), p.labels) for p in made]
+                    row.append(f"{statistics.mean(found):.2f}")
+            for name in ("8 clusters", "8 clusters in 2 blocks of 8", "smooth tree, N = 64"):
+                steps, problem = PROBLEMS[name]
+                _, _, lost = score("tree", problem, steps, 0.75, "observed", split=split, rule=rule)
+                row.append(f"regret {name}: {lost:.0f}")
+            print("  ".join(row), flush=True)
+
+
+if __name__ == "__main__":
+    print_table()

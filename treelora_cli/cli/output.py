@@ -39,5 +39,24 @@ def stderr() -> Console:
 def print_json(document: dict[str, Any]) -> None:
     """Write one JSON document with ``schema_version`` to stdout."""
     body = {"schema_version": SCHEMA_VERSION, **document}
-    sys.stdout.write(json.dumps(body, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
-    sys.stdout.flush()
+    write_out(json.dumps(body, ensure_ascii=False, indent=2, allow_nan=False))
+
+
+def print_json_line(document: dict[str, Any]) -> None:
+    """Write one JSON document with ``schema_version`` to stdout as a single line."""
+    body = {"schema_version": SCHEMA_VERSION, **document}
+    write_out(json.dumps(body, ensure_ascii=False, allow_nan=False))
+
+
+def write_out(text: str) -> None:
+    """Write a line to stdout at once.
+
+    Raises:
+        BrokenPipeError: the reader is gone; without an errno, because typer turns one that has
+            it into exit code 1.
+    """
+    try:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise BrokenPipeError from None

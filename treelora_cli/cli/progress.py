@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from treelora_cli.cli.output import SCHEMA_VERSION, stderr
+from treelora_cli.cli.output import print_json_line, stderr
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -24,18 +23,12 @@ def viewer(as_json: bool) -> Iterator[Callable[[Event], None]]:
         as_json: print every event as one line of JSON on stdout.
     """
     if as_json:
-        yield _print_line
+        yield print_json_line
     elif sys.stderr.isatty():
         with _Display() as display:
             yield display.show
     else:
         yield PlainLines().show
-
-
-def _print_line(event: Event) -> None:
-    line = json.dumps({"schema_version": SCHEMA_VERSION, **event}, ensure_ascii=False)
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
 
 
 def describe_start(event: Event) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from treelora_cli.cli.output import stdout
+from treelora_cli.cli.output import write_out
 
 
 def train_stream(
@@ -84,7 +84,7 @@ def train_stream(
     with viewer(as_json) as show:
         run_stream(resolved, run_dir, show)
     if not as_json:
-        stdout().print(str(run_dir), markup=False, soft_wrap=True)
+        write_out(str(run_dir))
 
 
 def _names(text: str | None) -> list[str] | None:

@@ -89,6 +89,10 @@ class _Stream:
             self.run_dir.save_info()
             self.emit("interrupted", {"signal": error.signum})
             raise Interrupted(error.signum, error.message, self.resume_hint) from None
+        except BrokenPipeError:
+            info.status = "interrupted"
+            self.run_dir.save_info()
+            raise
         except TreeloraError as error:
             info.status = "failed"
             self.run_dir.save_info()
@@ -243,9 +247,13 @@ class _Stream:
         found = checkpoints.newest(self.run_dir)
         if found is None:
             return
-        if found.meta.get("index") == trainer.task.index and found.step < trainer.plan.steps:
-            trainer.resume(found.tensors, found.meta)
-            self.emit("resumed", {"task": trainer.task.name, "step": trainer.step})
+        if found.meta.get("index") != trainer.task.index or found.step >= trainer.plan.steps:
+            # Left by a kill between a task's commit and the clearing of its checkpoints. Their
+            # step numbers would outrank those of this task.
+            checkpoints.clear(self.run_dir)
+            return
+        trainer.resume(found.tensors, found.meta)
+        self.emit("resumed", {"task": trainer.task.name, "step": trainer.step})
 
     def _after_step(self, trainer: TaskTrainer, result: StepResult) -> None:
         self.emit(

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console, Group
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -101,7 +100,7 @@ def _run(report: RunReport, width: int, alone: bool) -> list[RenderableType]:
     parts += [*_matrix(glance or report, width), _task_table(report, width), Text()]
     if report.missing:
         parts += [Text("Not measured", style="bold")]
-        parts += [Padding(Text(line), (0, 0, 0, 2)) for line in missing_lines(report)]
+        parts += [Text(f"  {line}") for line in missing_lines(report)]
         parts += [Text()]
     parts += [
         Text(

@@ -46,7 +46,7 @@ class RunDir:
 
     @classmethod
     def create(cls, path: str | Path, info: RunInfo, recipe: str | None = None) -> RunDir:
-        """Make a run in a new or empty folder; run.json is written last.
+        """Make a run in a new or empty folder whose lock is held; run.json is written last.
 
         Args:
             path: the folder.
@@ -67,6 +67,7 @@ class RunDir:
                     f"{run.path} is not empty (it holds {name}) and is no run",
                     "choose a new or empty folder as --run-dir",
                 )
+        sweep(run.path)
         if recipe is not None:
             write_file(run.recipe_yaml, recipe)
         run._info = info

@@ -14,7 +14,8 @@ class Node:
         id: the position in pre-order; the root is 0, a parent's id is below its children's.
         parent: id of the parent, None for the root.
         children: ids of the two children, left first; empty for a leaf.
-        tasks: indices of the tasks in the group, ascending; a leaf has one.
+        tasks: indices of the tasks in the group, ascending; a leaf has one, but in a tree of
+            bounded depth it may have several.
         depth: distance from the root.
         split: the rule that cut the group (``principal``, ``paper``, ``official``, or ``index``
             where the rule could not tell the tasks apart); None for a leaf.
@@ -47,10 +48,10 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class GradientTree:
-    """A binary tree whose leaves are the tasks.
+    """A binary tree whose leaves hold the tasks.
 
     Attributes:
-        nodes: all 2N - 1 nodes in pre-order.
+        nodes: all nodes in pre-order, 2N - 1 of them where every leaf has one task.
         split: the split rule it was built with.
         block_rule: how the block of a split was chosen, ``spread`` or ``index``.
     """
@@ -61,7 +62,7 @@ class GradientTree:
     _leaves: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        leaves = {node.tasks[0]: node.id for node in self.nodes if node.is_leaf}
+        leaves = {task: node.id for node in self.nodes if node.is_leaf for task in node.tasks}
         object.__setattr__(self, "_leaves", tuple(leaves[task] for task in range(len(leaves))))
 
     @property

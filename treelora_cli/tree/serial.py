@@ -6,7 +6,7 @@ tree always gives the same bytes and reading it back gives the same tree.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +20,9 @@ from treelora_cli.tree.signatures import SignatureBank
 from treelora_cli.tree.splits import SPLITS
 
 FORMAT = 1
+
+# JSON integers may be larger than any float.
+_LARGEST = sys.float_info.max
 
 _SIGNATURES = "signatures.safetensors"
 _HINT = "restore the file from a copy, or start the stream anew"
@@ -61,7 +64,7 @@ def from_document(document: object) -> GradientTree:
     """
     doc = _mapping(document, "the document")
     version = doc.get("format")
-    if version != FORMAT:
+    if version != FORMAT or isinstance(version, bool):
         newer = isinstance(version, int) and version > FORMAT
         raise RunDirError(
             f"tree.json has format {version!r}, this version reads {FORMAT}",
@@ -73,7 +76,7 @@ def from_document(document: object) -> GradientTree:
     if len(set(tasks)) != len(tasks):
         raise _damaged("a task name occurs twice")
     split, rule = doc.get("split"), doc.get("block_rule")
-    if split not in SPLITS or rule not in BLOCK_RULES:
+    if split not in list(SPLITS) or rule not in BLOCK_RULES:
         raise _damaged(f"unknown split {split!r} or block_rule {rule!r}")
     blocks = _mapping(doc.get("signature"), "signature").get("blocks")
     raw = [_mapping(node, "a node") for node in _list(doc.get("nodes"), "nodes")]
@@ -147,7 +150,7 @@ def _read_node(node: Mapping[str, Any], at: int) -> Node:
         value = node.get(key)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise _damaged(f"node {at}: {key} must be a number, not {value!r}")
-        if not math.isfinite(value):
+        if not abs(value) <= _LARGEST:
             raise _damaged(f"node {at}: {key} is not a finite number")
         return float(value)
 

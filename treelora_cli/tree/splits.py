@@ -133,7 +133,7 @@ def axis_share(rows: Tensor) -> float:
     if n > 2:
         first = sum(value * value for value in _principal_coordinates(centred))
     few, many = sorted((n - 1, width))
-    by_chance = (1 + math.sqrt(few / many)) ** 2 / few
+    by_chance = min(1.0, (1 + math.sqrt(few / many)) ** 2 / few)
     return first / variance / by_chance
 
 
