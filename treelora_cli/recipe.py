@@ -64,7 +64,7 @@ class DataSection(Section):
 
 
 class OptimSection(Section):
-    """The optimizer: AdamW, one per task."""
+    """The optimizer: AdamW, a new one per task unless ``carry`` is set."""
 
     lr: Annotated[float, Field(gt=0)] = 1e-4
     epochs: Positive | dict[str, Positive] = Field(1, description="a number, or task: number")
@@ -76,6 +76,9 @@ class OptimSection(Section):
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     grad_clip: Annotated[float, Field(ge=0)] = Field(1.0, description="global norm; 0: none")
+    carry: bool = Field(
+        False, description="go on with the last task's moments; they are then stored per task"
+    )
 
 
 class LoraSection(Section):

@@ -59,6 +59,37 @@ def test_another_seed_gives_other_bytes(treelora, reference, tiny_model, toy_dat
     assert (tmp_path / "run" / adapter).read_bytes() != (reference / adapter).read_bytes()
 
 
+def test_an_optimizer_that_is_carried_on(treelora, tiny_model, toy_data, tmp_path) -> None:
+    """Its moments change what the second task learns, and an extended run reads them back."""
+    carry = ["--method", "treelora-official", "--set", "eval.when=last"]
+    carry += ["--set", "optim.carry=true"]
+    new, whole, run = tmp_path / "new", tmp_path / "whole", tmp_path / "run"
+    assert treelora(*toy_arguments(tiny_model, toy_data, new, "alpha,beta", *carry[:4])).code == 0
+    assert treelora(*toy_arguments(tiny_model, toy_data, whole, "alpha,beta", *carry)).code == 0
+    assert treelora(*toy_arguments(tiny_model, toy_data, run, "alpha", *carry)).code == 0
+    # What the first task's evaluation leaves is not that of a run whose last task is the second.
+    assert treelora("train-stream", "--run-dir", run, "--tasks", "beta").code == 0
+    adapter = "tasks/{}/adapter/adapter_model.safetensors"
+    first, second = adapter.format("000-alpha"), adapter.format("001-beta")
+    assert (whole / first).read_bytes() == (new / first).read_bytes()
+    assert (whole / second).read_bytes() != (new / second).read_bytes()
+    assert (run / second).read_bytes() == (whole / second).read_bytes()
+    state = "tasks/001-beta/optimizer.safetensors"
+    assert (run / state).read_bytes() == (whole / state).read_bytes()
+    assert not list(new.glob("tasks/*/optimizer.safetensors"))
+
+
+def test_a_method_that_refuses_the_model_leaves_no_run(
+    treelora, tiny_model, toy_data, tmp_path
+) -> None:
+    run = tmp_path / "run"
+    arguments = toy_arguments(tiny_model, toy_data, run, "alpha", "--method", "treelora-official")
+    outcome = treelora(*arguments, "--set", "lora.targets=[q_proj,down_proj]")
+    assert outcome.code == 2
+    assert "down_proj" in outcome.err
+    assert not run.exists()
+
+
 def test_extending_equals_doing_all_at_once(treelora, reference, tiny_model, toy_data, tmp_path):
     run = tmp_path / "run"
     assert treelora(*toy_arguments(tiny_model, toy_data, run, "alpha")).code == 0
@@ -75,12 +106,21 @@ class Stop(BaseException):
     """Stands for a kill inside this process."""
 
 
-@pytest.mark.parametrize("method", ["treelora", "seqlora", "per-task"])
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        ("treelora", []),
+        ("seqlora", []),
+        ("per-task", []),
+        ("treelora-official", []),
+        ("treelora-official", ["--set", "optim.carry=true"]),
+    ],
+)
 def test_stopped_at_any_step_and_resumed(
-    treelora, monkeypatch, tiny_model, toy_data, tmp_path, method
+    treelora, monkeypatch, tiny_model, toy_data, tmp_path, method, more
 ) -> None:
     """Stop before steps 1, 4, 7, ... of the stream; every stop is a crash without a goodbye."""
-    arguments = ["--method", method, "--set", "eval.when=last"]
+    arguments = ["--method", method, "--set", "eval.when=last", *more]
     whole = tmp_path / "whole"
     assert treelora(*toy_arguments(tiny_model, toy_data, whole, "alpha,beta", *arguments)).code == 0
     run = tmp_path / "run"

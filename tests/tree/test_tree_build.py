@@ -22,7 +22,7 @@ from treelora_cli.tree.build import (
 )
 from treelora_cli.tree.nodes import GradientTree
 from treelora_cli.tree.signatures import SignatureBank
-from treelora_cli.tree.splits import SPLITS, axis_share, principal
+from treelora_cli.tree.splits import SPLITS, _power_coordinates, axis_share, principal
 
 RULES = ("principal", "paper", "official")
 
@@ -235,6 +235,14 @@ def test_principal_axis_of_many_tasks_and_entries(monkeypatch: pytest.MonkeyPatc
     parts = principal(problem.bank.values)
     assert parts.left == exact.left
     assert parts.threshold == pytest.approx(exact.threshold)
+
+
+def test_power_iteration_finds_the_axis() -> None:
+    rng = torch.Generator().manual_seed(0)
+    rows = torch.randn(30, 20, generator=rng) * torch.linspace(2, 0.1, 20)
+    along = np.array(_power_coordinates(rows - rows.mean(0)))
+    largest = np.linalg.svd((rows - rows.mean(0)).double().numpy(), compute_uv=False)[0]
+    assert (along**2).sum() == pytest.approx(largest**2, rel=1e-3)
 
 
 def test_axis_share_is_one_by_chance_whatever_the_shape() -> None:

@@ -20,7 +20,8 @@ from __future__ import annotations
 import math
 import random
 import statistics
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from treelora_cli.tree.build import build_tree
 from treelora_cli.tree.nodes import GradientTree
-from treelora_cli.tree.scopes import node_deltas
+from treelora_cli.tree.scopes import DEFAULT_C, DEFAULT_DELTA, node_deltas
 from treelora_cli.tree.search import FlatSearch, RandomSearch, Search, TreeSearch
 from treelora_cli.tree.signatures import SignatureBank
 
@@ -213,23 +214,23 @@ PROBLEMS: dict[str, tuple[int, Callable[[int], Problem]]] = {
 }
 
 
-def print_table() -> None:
-    """Print what the defaults were chosen by: hits (10th percentile) / regret."""
+def table() -> Iterator[str]:
+    """Give, line by line, what the defaults were chosen by: hits (10th percentile) / regret."""
     for name, (steps, problem) in PROBLEMS.items():
-        print(f"\n{name}: hits (10th percentile) / regret, random", end=" ")
-        print("{0:.2f} ({1:.2f}) / {2:.0f}".format(*score("random", problem, steps, 0, "")))
+        chance = "{:.2f} ({:.2f}) / {:.0f}".format(*score("random", problem, steps, 0, ""))
+        yield f"\n{name}: hits (10th percentile) / regret, random {chance}"
         for c in (0.25, 0.5, 0.75, 1.0, 2.0):
             cells = [f"c {c:4}"]
             for delta in ("observed", "median", "bound"):
                 result = score("tree", problem, steps, c, delta)
-                cells.append(delta + " {0:.2f} ({1:.2f}) / {2:3.0f}".format(*result))
+                cells.append(delta + " {:.2f} ({:.2f}) / {:3.0f}".format(*result))
             cells.append(
-                "flat {0:.2f} ({1:.2f}) / {2:3.0f}".format(*score("flat", problem, steps, c, ""))
+                "flat {:.2f} ({:.2f}) / {:3.0f}".format(*score("flat", problem, steps, c, ""))
             )
-            print("   ".join(cells), flush=True)
+            yield "   ".join(cells)
     released = [released_rule_hits(seed, 200) for seed in range(20)]
-    print(f"\nreleased arm rule, 8 clusters: {statistics.median(released):.3f} of pulls")
-    print("\npurity at depth log2 G of G = 2 / 4 / 8 clusters, all and 2 of 8 blocks informative")
+    yield f"\nreleased arm rule, 8 clusters: {statistics.median(released):.3f} of pulls"
+    yield "\npurity at depth log2 G of G = 2 / 4 / 8 clusters, all and 2 of 8 blocks informative"
     for split in ("principal", "official", "paper"):
         for rule in ("spread", "index"):
             row = [f"{split:9} {rule:6}"]
@@ -240,10 +241,14 @@ def print_table() -> None:
                     row.append(f"{statistics.mean(found):.2f}")
             for name in ("8 clusters", "8 clusters in 2 blocks of 8", "smooth tree, N = 64"):
                 steps, problem = PROBLEMS[name]
-                _, _, lost = score("tree", problem, steps, 0.75, "observed", split=split, rule=rule)
+                _, _, lost = score(
+                    "tree", problem, steps, DEFAULT_C, DEFAULT_DELTA, split=split, rule=rule
+                )
                 row.append(f"regret {name}: {lost:.0f}")
-            print("  ".join(row), flush=True)
+            yield "  ".join(row)
 
 
 if __name__ == "__main__":
-    print_table()
+    for line in table():
+        sys.stdout.write(f"{line}\n")
+        sys.stdout.flush()

@@ -14,6 +14,7 @@ import typer
 from treelora_cli import __version__
 from treelora_cli.cli import builtin, tree
 from treelora_cli.cli.eval import evaluate
+from treelora_cli.cli.methods import methods
 from treelora_cli.cli.output import SCHEMA_VERSION, stderr
 from treelora_cli.cli.prepare import prepare
 from treelora_cli.cli.recipes import recipes
@@ -41,6 +42,7 @@ app.command("train-stream")(train_stream)
 app.add_typer(tree.app, name="tree")
 app.command("eval")(evaluate)
 app.command("report")(report)
+app.command("methods")(methods)
 app.command("recipes")(recipes)
 app.add_typer(builtin.app, name="builtin")
 

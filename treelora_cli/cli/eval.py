@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from treelora_cli.cli.names import names_from
 from treelora_cli.cli.output import print_json, stderr, stdout
 
 if TYPE_CHECKING:
@@ -65,8 +66,7 @@ def evaluate(
     """
     from treelora_cli.engine.evaluate_run import EvalRequest, evaluate_run
 
-    names = None if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()]
-    request = EvalRequest(adapter, names, split.value, limit, batch_size, model, data)
+    request = EvalRequest(adapter, names_from(tasks), split.value, limit, batch_size, model, data)
 
     def show(event: dict[str, object]) -> None:
         if not as_json:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from treelora_cli.cli.output import write_out
+from treelora_cli.cli.names import names_from, split_names
+from treelora_cli.cli.output import print_json_line, write_out
+from treelora_cli.errors import UsageError
 
 
 def train_stream(
     tasks: Annotated[
         str | None,
-        typer.Option(help="Task names in order, separated by commas.", show_default=False),
+        typer.Option(help="Task names in order: A,B,C or @FILE.", show_default=False),
     ] = None,
     run_dir: Annotated[Path, typer.Option(help="Where everything is kept.")] = Path("run"),
     method: Annotated[
-        str | None, typer.Option(help="treelora, seqlora, per-task.", show_default=False)
+        str | None, typer.Option(help="By name; see `treelora methods`.", show_default=False)
     ] = None,
     model: Annotated[
         str | None,
@@ -55,6 +59,19 @@ def train_stream(
         list[str] | None,
         typer.Option("--set", help="Any recipe key, e.g. optim.lr=1e-4; may be repeated."),
     ] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="Sweep: one run per method and seed, in sub-folders of --run-dir.",
+            show_default=False,
+        ),
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="Sweep over these seeds, e.g. 1,2,3.", show_default=False)
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would run, check everything, and stop.")
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON event a line on stdout.")
     ] = False,
@@ -67,30 +84,88 @@ def train_stream(
     on stdout, for pipelines.
 
     [bold]treelora train-stream --tasks C-STANCE,FOMC,ScienceQA[/bold]
-    """
-    from treelora_cli.cli.progress import viewer
-    from treelora_cli.engine.plan import resolve_recipe
-    from treelora_cli.engine.stream import run_stream
 
+    [bold]treelora train-stream --methods treelora,seqlora --seeds 1,2,3 --run-dir sweep[/bold]
+    """
     flags: dict[str, Any] = {
-        "stream": {"tasks": _names(tasks), "seed": seed},
+        "stream": {"tasks": names_from(tasks), "seed": seed},
         "method": {"name": method},
         "model": {"name": model},
         "data": {"path": data},
         "optim": {"epochs": epochs},
         "limit": limit,
     }
-    resolved = resolve_recipe(run_dir, recipe, settings or [], _given(flags))
-    with viewer(as_json) as show:
-        run_stream(resolved, run_dir, show)
-    if not as_json:
+    asked = Asked(recipe, settings or [], _given(flags), dry_run, as_json)
+    if methods is not None or seeds is not None:
+        _sweep(asked, run_dir, methods, seeds)
+    else:
+        _run(asked, run_dir, {})
+    if not (as_json or dry_run):
         write_out(str(run_dir))
 
 
-def _names(text: str | None) -> list[str] | None:
-    if text is None:
-        return None
-    return [name.strip() for name in text.split(",") if name.strip()]
+@dataclass(frozen=True)
+class Asked:
+    """What the user asked for, whatever the run directory."""
+
+    recipe: str | None
+    settings: list[str]
+    flags: dict[str, Any]
+    dry_run: bool
+    as_json: bool
+
+
+def _run(asked: Asked, path: Path, more: dict[str, Any]) -> None:
+    """Train one run, or show what it would do.
+
+    Args:
+        asked: what the user asked for.
+        path: the run directory.
+        more: flags that hold for this run alone.
+    """
+    from treelora_cli.engine.plan import resolve_recipe
+    from treelora_cli.recipe import merge
+
+    flags = merge(deepcopy(asked.flags), more)
+    resolved = resolve_recipe(path, asked.recipe, asked.settings, flags)
+    if asked.dry_run:
+        from treelora_cli.cli.dryrun import print_plan
+        from treelora_cli.engine.dryrun import plan_stream
+
+        plan = plan_stream(resolved, path)
+        if asked.as_json:
+            print_json_line({"kind": "plan", "run_dir": str(path), **plan.to_dict()})
+        else:
+            print_plan(plan)
+        return
+    from treelora_cli.cli.progress import viewer
+    from treelora_cli.engine.stream import run_stream
+
+    with viewer(asked.as_json) as show:
+        run_stream(resolved, path, show)
+
+
+def _sweep(asked: Asked, parent: Path, methods: str | None, seeds: str | None) -> None:
+    """One run per method and seed; runs that are finished are passed over."""
+    from treelora_cli.engine.sweep import note_sweep, plan_sweep
+
+    method = asked.flags.get("method", {}).get("name", "treelora")
+    seed = asked.flags.get("stream", {}).get("seed", 1234)
+    names = [method] if methods is None else split_names(methods)
+    numbers = [seed] if seeds is None else [_seed(text) for text in split_names(seeds)]
+    runs = plan_sweep(parent, names, numbers)
+    if not asked.dry_run:
+        note_sweep(parent, runs)
+    for run in runs:
+        more = {"method": {"name": run.method}, "stream": {"seed": run.seed}}
+        _run(asked, run.path, more)
+
+
+def _seed(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(f"--seeds: {text!r} is not a whole number", "e.g. --seeds 1,2,3") from None
 
 
 def _given(flags: dict[str, Any]) -> dict[str, Any]:

@@ -32,6 +32,11 @@ class BatchPlan:
         """Return the epoch, from 0, that a step belongs to."""
         return step // self.steps_per_epoch
 
+    def forwards_per_epoch(self, micro_batch_size: int) -> int:
+        """Return the forward passes of one epoch, each of so many rows at the most."""
+        sizes = (len(self.rows(step)) for step in range(self.steps_per_epoch))
+        return sum(-(-size // micro_batch_size) for size in sizes)
+
     def rows(self, step: int) -> list[int]:
         """Return the indices of the rows of a step."""
         epoch = self.epoch_of(step)

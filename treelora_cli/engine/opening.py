@@ -9,7 +9,7 @@ from pathlib import Path
 
 from treelora_cli.engine.environment import versions
 from treelora_cli.errors import DataError, UsageError
-from treelora_cli.methods.base import Method, build_method
+from treelora_cli.methods.base import Method, StreamContext, build_method
 from treelora_cli.models.adapted import AdaptedModel
 from treelora_cli.models.backbone import Backbone, load_backbone
 from treelora_cli.models.forward import DECODING
@@ -28,7 +28,7 @@ ROW_SEED = 0
 
 @dataclass(frozen=True)
 class Opened:
-    """Everything a stream needs, with the lock held."""
+    """Everything a stream needs, with the lock held; the method has met the model."""
 
     run: RunDir
     recipe: Recipe
@@ -76,7 +76,7 @@ def open_for_training(recipe: Recipe, path: Path) -> Iterator[Opened]:
             yield _load(recipe, path, method)
         return
     tasks = load_stream_tasks(recipe, recipe.stream.tasks)
-    adapted = _load_model(recipe)
+    adapted = _load_model(recipe, method)
     with RunLock(path, create=True):
         run = RunDir.create(path, _new_info(recipe, method, adapted.backbone), recipe.to_yaml())
         _add_tasks(run, tasks)
@@ -88,15 +88,18 @@ def _load(recipe: Recipe, path: Path, method: Method) -> Opened:
     run.sweep()
     tasks = load_stream_tasks(recipe, recipe.stream.tasks)
     _check_data(run, tasks)
-    adapted = _load_model(recipe)
+    adapted = _load_model(recipe, method)
     check_base(run, adapted.backbone)
     write_file(run.recipe_yaml, recipe.to_yaml())
     _add_tasks(run, tasks)
     return Opened(run, recipe, tasks, adapted, method)
 
 
-def _load_model(recipe: Recipe) -> AdaptedModel:
-    return AdaptedModel(load_backbone(recipe.model), recipe.lora, recipe.stream.seed)
+def _load_model(recipe: Recipe, method: Method) -> AdaptedModel:
+    """Load the model and let the method meet it, since it may refuse its shape."""
+    adapted = AdaptedModel(load_backbone(recipe.model), recipe.lora, recipe.stream.seed)
+    method.start(StreamContext(recipe.stream.seed, recipe.bandit, recipe.tree), adapted)
+    return adapted
 
 
 def check_base(run: RunDir, backbone: Backbone) -> None:

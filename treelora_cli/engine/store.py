@@ -20,6 +20,7 @@ from treelora_cli.rundir.tensors import load_tensors, save_tensors
 CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 METHOD_FILE = "method.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
 SIGNATURES_FILE = "signatures.safetensors"
 
 
@@ -58,6 +59,7 @@ def save_task(
     adapted: AdaptedModel,
     document: dict[str, Any],
     memory: TaskMemory,
+    optimizer: dict[str, Tensor],
 ) -> None:
     """Commit a finished task: its tree first, then the task itself, then the current tree.
 
@@ -68,6 +70,7 @@ def save_task(
         adapted: the live adapter is stored.
         document: the content of task.json, with ``index`` and ``name``.
         memory: what the method keeps.
+        optimizer: its state, where the next task goes on with it; otherwise empty.
     """
     index, name = int(document["index"]), str(document["name"])
     if memory.tree is not None:
@@ -78,6 +81,8 @@ def save_task(
         save_adapter(folder / "adapter", adapted, adapted.snapshot())
         if memory.tensors:
             save_tensors(folder / METHOD_FILE, memory.tensors)
+        if optimizer:
+            save_tensors(folder / OPTIMIZER_FILE, optimizer)
         atomic.write_json(folder / "task.json", {**memory.info, **document})
     if memory.tree is not None:
         atomic.write_json(run.tree_json, memory.tree.document)
@@ -92,6 +97,17 @@ def load_adapter(run: RunDir, index: int, name: str) -> Snapshot:
     folder = run.task_dir(index, name)
     verify(folder)
     return load_tensors(folder / "adapter" / ADAPTER_FILE)
+
+
+def load_optimizer(run: RunDir, index: int, name: str) -> dict[str, Tensor]:
+    """Read the optimizer's state at the end of a task of a run that carries it on.
+
+    Raises:
+        RunDirError: it is missing or not as it was written.
+    """
+    folder = run.task_dir(index, name)
+    verify(folder)
+    return load_tensors(folder / OPTIMIZER_FILE)
 
 
 def load_stored(run: RunDir, index: int, name: str) -> StoredTask:

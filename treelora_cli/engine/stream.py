@@ -10,12 +10,19 @@ from typing import Any
 from treelora_cli.engine.batches import BatchPlan
 from treelora_cli.engine.evaluation import BASE, Asked, Evaluator, build_encoder
 from treelora_cli.engine.opening import Opened, open_for_training
+from treelora_cli.engine.optim import optimizer_tensors
 from treelora_cli.engine.seeds import derive
 from treelora_cli.engine.signals import StopFlag
-from treelora_cli.engine.store import load_adapter, load_stored, save_task, snapshot_hash
+from treelora_cli.engine.store import (
+    load_adapter,
+    load_optimizer,
+    load_stored,
+    save_task,
+    snapshot_hash,
+)
 from treelora_cli.engine.training import StepResult, TaskTrainer
 from treelora_cli.errors import Interrupted, RunDirError, TreeloraError
-from treelora_cli.methods.base import StreamContext, TaskContext
+from treelora_cli.methods.base import TaskContext
 from treelora_cli.models.encode import Example
 from treelora_cli.recipe import Recipe
 from treelora_cli.rundir import checkpoints
@@ -115,10 +122,6 @@ class _Stream:
 
     def _take_up(self) -> int:
         """Restore the method and the adapter from finished tasks; return how many there are."""
-        recipe = self.recipe
-        self.method.start(
-            StreamContext(recipe.stream.seed, recipe.bandit, recipe.tree), self.adapted
-        )
         places = [(index, task.name) for index, task in enumerate(self.tasks)]
         done = [place for place in places if committed(self.run_dir.task_dir(*place)) is not None]
         if done != places[: len(done)]:
@@ -212,10 +215,13 @@ class _Stream:
         seed = derive(self.recipe.stream.seed, "task", index, task.name)
         examples = self._encode(task)
         plan = BatchPlan(len(examples), optim.batch_size, epochs, seed)
-        context = TaskContext(index, task.name, plan.steps, plan.steps_per_epoch, seed)
+        forwards = plan.forwards_per_epoch(optim.micro_batch_size)
+        context = TaskContext(index, task.name, plan.steps, plan.steps_per_epoch, seed, forwards)
         self._set_status(index, "training")
         self.method.begin_task(context)
         trainer = TaskTrainer(self.adapted, self.method, context, examples, plan, optim)
+        if optim.carry and index > 0:
+            trainer.carry_on(load_optimizer(self.run_dir, *self._place(index - 1)))
         self._resume(trainer)
         facts = {
             "task": task.name,
@@ -232,7 +238,8 @@ class _Stream:
         trainer.run(lambda result: self._after_step(trainer, result))
         memory = self.method.end_task(context)
         document = self._task_document(task, trainer, epochs)
-        save_task(self.run_dir, self.adapted, document, memory)
+        carried = optimizer_tensors(trainer.optimizer) if optim.carry else {}
+        save_task(self.run_dir, self.adapted, document, memory, carried)
         self._set_status(index, "trained")
         checkpoints.clear(self.run_dir)
         return trainer.seconds

@@ -110,16 +110,12 @@ class TaskTrainer:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
         batches = list(self._micro_batches())
-        answer_tokens = sum(batch.answer_tokens for batch in batches)
-        loss = torch.zeros((), device=self.adapted.device)
-        for batch in batches:
-            part = answer_loss(self.adapted, batch.to(self.adapted.device)) / answer_tokens
-            part.backward()  # type: ignore[no-untyped-call]
-            loss += part.detach()
+        loss, penalty = self._backward(batches)
         context = StepContext(self.step, loss)
-        penalty = self.method.penalty(context)
-        if penalty is not None:
-            penalty.backward()  # type: ignore[no-untyped-call]
+        if not self.method.per_forward:
+            penalty = self.method.penalty(context)
+            if penalty is not None:
+                penalty.backward()  # type: ignore[no-untyped-call]
         self.method.after_backward(context)
         norm = self._clip()
         values = (float(loss), None if penalty is None else float(penalty.detach()), float(norm))
@@ -127,6 +123,24 @@ class TaskTrainer:
         self.optimizer.step()
         info = self.method.after_step(context)
         return StepResult(values[0], values[1], lr, sum(batch.tokens for batch in batches), info)
+
+    def _backward(self, batches: list[Batch]) -> tuple[Tensor, Tensor | None]:
+        """Add up the step's gradient; return its loss and, where asked for, its penalties' sum."""
+        answer_tokens = sum(batch.answer_tokens for batch in batches)
+        loss = torch.zeros((), device=self.adapted.device)
+        penalties: list[Tensor] = []
+        for number, batch in enumerate(batches):
+            part = answer_loss(self.adapted, batch.to(self.adapted.device)) / answer_tokens
+            loss += part.detach()
+            if self.method.per_forward:
+                share = batch.answer_tokens / answer_tokens
+                context = StepContext(self.step, part.detach() / share, number, len(batches))
+                penalty = self.method.penalty(context)
+                if penalty is not None:
+                    part = part + penalty * share
+                    penalties.append(penalty.detach() * share)
+            part.backward()  # type: ignore[no-untyped-call]
+        return loss, torch.stack(penalties).sum() if penalties else None
 
     def _clip(self) -> Tensor:
         limit = self.optim.grad_clip or math.inf
@@ -140,6 +154,14 @@ class TaskTrainer:
                     f"{self.plan.steps}; the weights before the step are kept",
                     "lower optim.lr, raise optim.warmup_steps or set optim.grad_clip",
                 )
+
+    def carry_on(self, optimizer: dict[str, Tensor]) -> None:
+        """Start with the optimizer's state of the task before.
+
+        Raises:
+            RunDirError: it does not fit the model.
+        """
+        load_optimizer_tensors(self.optimizer, optimizer)
 
     def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return everything a resume inside the task needs: tensors and JSON values."""

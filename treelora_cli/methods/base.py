@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import ValidationError
 from torch import Tensor
@@ -49,6 +49,7 @@ class TaskContext:
         steps: optimizer steps it will be trained for.
         steps_per_epoch: optimizer steps in one pass over its rows.
         seed: differs between tasks; the same whenever this task is trained in this run.
+        forwards_per_epoch: forward passes (micro-batches) in one pass over its rows.
     """
 
     index: int
@@ -56,19 +57,25 @@ class TaskContext:
     steps: int
     steps_per_epoch: int
     seed: int
+    forwards_per_epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class StepContext:
-    """One optimizer step.
+    """One optimizer step, or one forward pass of it where a method asks for each.
 
     Attributes:
         step: from 0, over all epochs of the task.
-        loss: the task loss, a detached float32 scalar (mean over answer tokens).
+        loss: the task loss, a detached float32 scalar (mean over answer tokens), of the step or of
+            this forward pass alone.
+        forward: the forward pass within the step, from 0.
+        forwards: forward passes in this step.
     """
 
     step: int
     loss: Tensor
+    forward: int = 0
+    forwards: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +110,22 @@ class StoredTask:
     memory: TaskMemory
 
 
+class Departure(NamedTuple):
+    """One thing in which a paper, its released code and this program are not the same.
+
+    Attributes:
+        what: the thing, in a few words.
+        paper: what the paper says.
+        released: what the released code does.
+        here: what this program does.
+    """
+
+    what: str
+    paper: str
+    released: str
+    here: str
+
+
 class Method:
     """A continual-learning method.
 
@@ -111,12 +134,16 @@ class Method:
         needs: what it asks of a training step; an engine that cannot give it refuses at start.
         mode: whose adapter answers when scores are taken: ``latest``, or each task's ``own``.
         Settings: its own settings.
+        per_forward: True for a penalty of every forward pass instead of every optimizer step.
+        departures: where paper, released code and this program differ, for ``treelora methods``.
     """
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[Need]] = frozenset()
     mode: ClassVar[Mode] = "latest"
     Settings: ClassVar[type[MethodSettings]] = MethodSettings
+    per_forward: ClassVar[bool] = False
+    departures: ClassVar[tuple[Departure, ...]] = ()
 
     def __init__(self, settings: MethodSettings) -> None:
         self.settings = settings
@@ -133,7 +160,11 @@ class Method:
         """Choose how the adapter starts. The default goes on from the last task's weights."""
 
     def penalty(self, step: StepContext) -> Tensor | None:
-        """Return a scalar to add to the task loss, or None; called once an optimizer step."""
+        """Return a scalar to add to the task loss, or None.
+
+        Called once an optimizer step; with ``per_forward`` after every forward pass, and what is
+        returned then counts with that pass's share of the step's answer tokens, as its loss does.
+        """
         return None
 
     def after_backward(self, step: StepContext) -> None:

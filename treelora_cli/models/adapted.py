@@ -8,6 +8,8 @@ a module's path (peft#3584).
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -58,22 +60,9 @@ class AdaptedModel:
 
     def __init__(self, backbone: Backbone, lora: LoraSection, seed: int) -> None:
         self.backbone = backbone
-        config = LoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=_targets(lora),
-            bias="none",
-            task_type="CAUSAL_LM",
-        )
         torch.manual_seed(seed)
-        try:
-            self.peft: Any = get_peft_model(backbone.model, config, adapter_name=SLOT)
-        except ValueError as error:
-            raise UsageError(
-                f"lora.targets: {str(error).splitlines()[0]}",
-                "list module names of the model, or use lora.targets=all-linear",
-            ) from None
+        with explain_targets():
+            self.peft: Any = get_peft_model(backbone.model, lora_config(lora), adapter_name=SLOT)
         self.peft.eval()
         self.blocks = _blocks(self.peft)
         self._initial = self.snapshot()
@@ -132,9 +121,46 @@ class AdaptedModel:
         """Return the parameters a signature reads, block by block in depth order."""
         return [p for block in self.blocks for p in block.parameters(factors)]
 
+    def named_factors(self, kind: Literal["A", "B"]) -> list[tuple[str, torch.nn.Parameter]]:
+        """Return the adapter's A or B matrices by module name, in the model's parameter order."""
+        found = []
+        for name, parameter in self.peft.named_parameters():
+            module, mark, _ = name.partition(f".lora_{kind}.")
+            if mark:
+                found.append((module.removeprefix("base_model.model."), parameter))
+        return found
+
     def block_widths(self, factors: Factors) -> tuple[int, ...]:
         """Return the number of signature entries of every block."""
         return tuple(sum(p.numel() for p in block.parameters(factors)) for block in self.blocks)
+
+
+def lora_config(lora: LoraSection) -> LoraConfig:
+    """Return PEFT's configuration of the adapter a recipe asks for."""
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=_targets(lora),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+@contextmanager
+def explain_targets() -> Iterator[None]:
+    """Turn PEFT's complaint about target modules into one a user can act on.
+
+    Raises:
+        UsageError: no module of the model matches the targets.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(
+            f"lora.targets: {str(error).splitlines()[0]}",
+            "list module names of the model, or use lora.targets=all-linear",
+        ) from None
 
 
 def _targets(lora: LoraSection) -> str | list[str] | None:

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from treelora_cli.errors import DataError, EnvironmentProblem
+from treelora_cli.errors import DataError, EnvironmentProblem, TreeloraError
 from treelora_cli.recipe import ModelSection
 
 BUILTIN = Path(__file__).resolve().parent / "builtin"
@@ -62,26 +62,27 @@ def load_backbone(section: ModelSection) -> Backbone:
     transformers_logging.disable_progress_bar()
     device = choose_device(section.device)
     dtype = choose_dtype(section.dtype, device)
-    source = section.name or str(BUILTIN)
-    _check_folder(source)
+    source = source_of(section)
+    check_folder(source)
     options = {"revision": section.revision} if section.revision else {}
     attention = choose_attention(section.attention, device, dtype)
     try:
         model = _load_model(source, dtype, attention, options)
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
+        tokenizer = load_tokenizer(source, options)
+    except TreeloraError:
+        raise
     except ImportError as error:
         raise EnvironmentProblem(
-            f"model {source!r} needs a missing package: {_one_line(error)}", "install it"
+            f"model {source!r} needs a missing package: {one_line(error)}", "install it"
         ) from None
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and more
         raise DataError(
-            f"model {source!r} cannot be loaded: {_one_line(error)}",
+            f"model {source!r} cannot be loaded: {one_line(error)}",
             "give a hub id or a folder with config.json, *.safetensors and a tokenizer",
         ) from None
     model.requires_grad_(False)
     model.eval()
     model.to(device)
-    _ensure_pad_token(tokenizer)
     return Backbone(
         model=model,
         tokenizer=tokenizer,
@@ -90,6 +91,22 @@ def load_backbone(section: ModelSection) -> Backbone:
         builtin=section.name is None,
         device=device,
     )
+
+
+def source_of(section: ModelSection) -> str:
+    """Return the hub id or folder to load from; the built-in base where none is named."""
+    return section.name or str(BUILTIN)
+
+
+def load_tokenizer(source: str, options: dict[str, str]) -> Any:
+    """Load a tokenizer and see to it that it can pad.
+
+    Raises:
+        DataError: it has no end-of-sequence token.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
+    _ensure_pad_token(tokenizer)
+    return tokenizer
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -184,8 +201,12 @@ def _contents(path: Path, whole: bool) -> bytes:
         return head + file.read()
 
 
-def _check_folder(source: str) -> None:
-    """Say what a local folder lacks before transformers says it in many lines."""
+def check_folder(source: str) -> None:
+    """Say what a local folder lacks before transformers says it in many lines.
+
+    Raises:
+        DataError: the folder, its config or its weights are missing or of the wrong kind.
+    """
     folder = Path(source)
     looks_local = folder.exists() or source.startswith((".", "/", "~"))
     if not looks_local:
@@ -205,7 +226,7 @@ def _check_folder(source: str) -> None:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:
         raise DataError(
-            f"{source}/config.json cannot be used: {_one_line(error)}",
+            f"{source}/config.json cannot be used: {one_line(error)}",
             "is it a transformers model?",
         ) from None
     if config.is_encoder_decoder:
@@ -225,6 +246,7 @@ def _ensure_pad_token(tokenizer: Any) -> None:
         )
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """Return the first line of an error's text that says something."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

@@ -15,6 +15,7 @@ from treelora_cli.report import metrics
 from treelora_cli.report.losses import loss_curves
 from treelora_cli.report.model import SYNTHETIC, LossPoint, RunReport, TaskReport
 from treelora_cli.report.scoring import Scored, score
+from treelora_cli.report.settings import origin_of, settings_of
 from treelora_cli.report.treedoc import read_tree
 from treelora_cli.report.words import clean, clean_lines, marked
 from treelora_cli.rundir.atomic import committed
@@ -130,6 +131,7 @@ def _report(run_path: Path, sources: _Sources, tasks: tuple[TaskReport, ...]) ->
     run, info, scored = sources.run, sources.info, sources.scored
     builtin_base = bool(info["builtin_base"])
     R = scored.R
+    recipe = _recipe(run.recipe_yaml)
     return RunReport(
         path=clean(str(run_path)),
         title=clean(run_path.resolve().name),
@@ -156,9 +158,11 @@ def _report(run_path: Path, sources: _Sources, tasks: tuple[TaskReport, ...]) ->
         train_seconds=_total(task.train_seconds for task in tasks),
         evaluate_seconds=_total(task.evaluate_seconds for task in tasks),
         tree=read_tree(run.tree_json),
-        recipe=_recipe(run.recipe_yaml),
+        recipe=recipe,
         versions=_versions(info),
         command=_command(info.get("command")),
+        settings=settings_of(recipe),
+        origin=origin_of(info),
     )
 
 

@@ -16,7 +16,6 @@ from treelora_cli.report.kept import kept
 from treelora_cli.report.metrics import DEFINITIONS
 from treelora_cli.report.model import RunReport
 from treelora_cli.report.ramp import stylesheet
-from treelora_cli.report.text import HEADS, values
 
 
 @cache
@@ -39,8 +38,8 @@ def _environment() -> Environment:
         "covers": words.covers,
         "heading": words.heading,
         "missing_lines": words.missing_lines,
-        "values": values,
-        "heads": HEADS,
+        "values": words.values,
+        "heads": words.HEADS,
         "definitions": DEFINITIONS,
         "limited": words.LIMITED,
         "dash": words.NOT_MEASURED,

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 
 from treelora_cli.report.metrics import DEFINITIONS
 from treelora_cli.report.model import RunReport
-from treelora_cli.report.text import HEADS, values
 from treelora_cli.report.words import (
+    HEADS,
     LIMITED,
     NOT_MEASURED,
     count,
@@ -22,6 +22,7 @@ from treelora_cli.report.words import (
     notices,
     percent,
     signed,
+    values,
 )
 
 # An underscore inside a word and a point are harmless; everything that could open markup is not.

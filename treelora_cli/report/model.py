@@ -101,6 +101,8 @@ class RunReport:
         recipe: the resolved recipe as text.
         versions: package versions.
         command: the command line that repeats the run.
+        settings: what the recipe sets, by dotted name, without the seed.
+        origin: what the run learned from and how it answers, as text to compare.
     """
 
     path: str
@@ -131,6 +133,8 @@ class RunReport:
     recipe: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     command: str | None = None
+    settings: dict[str, str] = field(default_factory=dict)
+    origin: str = ""
 
     @property
     def synthetic(self) -> bool:

@@ -11,9 +11,22 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from treelora_cli.report.groups import (
+    Group as SeedGroup,
+)
+from treelora_cli.report.groups import (
+    explained,
+    final_rows,
+    group_notices,
+    grouped,
+    plus_minus,
+    printed,
+    repeated,
+)
 from treelora_cli.report.metrics import DEFINITIONS
 from treelora_cli.report.model import RunReport, TaskReport
 from treelora_cli.report.words import (
+    HEADS,
     LIMITED,
     NOT_MEASURED,
     count,
@@ -26,19 +39,11 @@ from treelora_cli.report.words import (
     notices,
     percent,
     signed,
+    values,
 )
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-HEADS = {
-    "op": "OP",
-    "bwt": "BWT",
-    "bwt_lopez_paz": "BWT (LP)",
-    "forgetting": "Forgetting",
-    "fwt": "FWT",
-}
-"""What each number is called in tables."""
 
 FILE_WIDTH = 120
 """Columns of a report that goes to a file."""
@@ -69,10 +74,16 @@ def renderable(reports: Sequence[RunReport], width: int) -> Group:
         reports: one run or several to compare.
         width: columns of the terminal; a wide matrix is shown in stretches of columns.
     """
-    notes = [Text(f"note: {notice}", style="yellow") for notice in notices(reports)]
+    groups = grouped(reports)
+    said = [*notices(reports), *group_notices(groups)]
+    notes = [Text(f"note: {notice}", style="yellow") for notice in said]
     if len(reports) == 1:
         return Group(*_title(reports[0]), *notes, *_run(reports[0], width, alone=True))
     parts: list[RenderableType] = [Text(f"{len(reports)} runs compared", style="bold"), *notes]
+    if repeated(groups):
+        parts += [Text(), *_seeds(groups, width), Text("Every run", style="bold")]
+        parts += [Text(), _comparison(reports, width), Text(), *_definitions()]
+        return Group(*parts, Text("A run in full: treelora report RUN", style="dim"))
     parts += [Text(), _comparison(reports, width), Text(), *_definitions()]
     for report in reports:
         parts += [Text(), *_title(report), *_run(report, width, alone=False)]
@@ -115,17 +126,6 @@ def _run(report: RunReport, width: int, alone: bool) -> list[RenderableType]:
     return parts
 
 
-def values(report: RunReport) -> dict[str, str]:
-    """The five numbers as printed, by key; a difference carries its sign."""
-    return {
-        "op": percent(report.op),
-        "bwt": signed(report.bwt),
-        "bwt_lopez_paz": signed(report.bwt_lopez_paz),
-        "forgetting": signed(report.forgetting),
-        "fwt": signed(report.fwt),
-    }
-
-
 def _numbers(report: RunReport) -> Table:
     table = _grid()
     table.add_column(style="bold", no_wrap=True)
@@ -141,6 +141,38 @@ def _numbers(report: RunReport) -> Table:
 def _definitions() -> Iterator[RenderableType]:
     for key, head in HEADS.items():
         yield Text(f"{head}: {DEFINITIONS[key]}", style="dim")
+
+
+def _seeds(groups: Sequence[SeedGroup], width: int) -> Iterator[RenderableType]:
+    """The numbers and the final scores of each group; narrow pages leave out BWT (LP)."""
+    digits = 2 if width >= WIDE else 1
+    keys = [key for key in HEADS if width >= WIDE or key != "bwt_lopez_paz"]
+    yield Text(f"Scores x 100: {explained(groups)}", style="bold")
+    yield Text()
+    table = _table()
+    table.add_column("method", overflow="fold", min_width=12)
+    for head in ["n", *(HEADS[key] for key in keys)]:
+        table.add_column(head, justify="right", no_wrap=True)
+    for group in groups:
+        numbers = printed(group, digits)
+        cells = [marked(group.name, group.synthetic), str(group.n), *map(numbers.get, keys)]
+        table.add_row(*(Text(cell or "") for cell in cells))
+    yield table
+    yield Text()
+    fitting = max(1, (width - 24) // 20)
+    for start in range(0, len(groups), fitting):
+        yield _seed_finals(groups[start : start + fitting], digits)
+        yield Text()
+
+
+def _seed_finals(groups: Sequence[SeedGroup], digits: int) -> Table:
+    table = _table()
+    table.add_column("final score on", overflow="fold", min_width=12)
+    for group in groups:
+        table.add_column(Text(group.name), justify="right", overflow="fold")
+    for label, scores in final_rows(groups):
+        table.add_row(Text(label), *(Text(plus_minus(score, digits)) for score in scores))
+    return table
 
 
 def _comparison(reports: Sequence[RunReport], width: int) -> Table:

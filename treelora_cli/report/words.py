@@ -11,6 +11,15 @@ from treelora_cli.report.model import SYNTHETIC, RunReport
 NOT_MEASURED = "—"
 LIMITED = "Scores on the few rows of --limit: to look at, they enter no number"
 
+HEADS = {
+    "op": "OP",
+    "bwt": "BWT",
+    "bwt_lopez_paz": "BWT (LP)",
+    "forgetting": "Forgetting",
+    "fwt": "FWT",
+}
+"""What each number is called in tables."""
+
 # C0 and C1 controls (escape sequences start with one), the characters that turn the reading
 # direction, the separators that only some readers break lines at, and lone surrogates.
 _UNPRINTABLE = re.compile(
@@ -66,6 +75,17 @@ def signed(value: float | None, digits: int = 2) -> str:
     """A difference of scores times 100, with its sign."""
     text = percent(value, digits)
     return f"+{text}" if value is not None and float(text) > 0 else text
+
+
+def values(report: RunReport) -> dict[str, str]:
+    """The five numbers as printed, by key; a difference carries its sign."""
+    return {
+        "op": percent(report.op),
+        "bwt": signed(report.bwt),
+        "bwt_lopez_paz": signed(report.bwt_lopez_paz),
+        "forgetting": signed(report.forgetting),
+        "fwt": signed(report.fwt),
+    }
 
 
 def duration(seconds: float | None) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from treelora_cli.errors import DataError
-from treelora_cli.tasks.problems import Problems
+from treelora_cli.tasks.problems import Place, Problems
 
 _SPACE = " \t\n\r"
 _PEEK_BYTES = 1 << 20
@@ -28,14 +28,14 @@ class Fields(dict[str, Any]):
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One object of a file.
+    """One object of a file, or one row of a table.
 
     Attributes:
-        where: ``file:line`` of the line on which the object starts.
+        where: the line on which it starts.
         fields: its members.
     """
 
-    where: str
+    where: Place
     fields: Fields
 
 
@@ -58,7 +58,7 @@ def read_text(path: Path) -> str:
     """
     if not path.is_file():
         found = "not a regular file" if path.exists() else "no such file"
-        raise DataError(f"{path}: {found}", "give a file with JSON rows")
+        raise DataError(f"{path}: {found}", "give a file with rows")
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -141,13 +141,14 @@ def _read_lines(path: Path, text: str, problems: Problems) -> list[Record]:
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip(_SPACE):
             continue
-        where = f"{path}:{number}"
+        where = Place(str(path), number)
         try:
             value = _DECODER.decode(line)
         except json.JSONDecodeError as error:
-            problems.add(f"{where}:{error.pos + 1}", f"not JSON: {error.msg}")
+            place = Place(str(path), number, error.pos + 1)
+            problems.bad_row(place, "not JSON", f"not JSON: {error.msg}", line)
         except RecursionError:
-            problems.add(where, "not usable: nested too deeply")
+            problems.bad_row(where, "nested too deeply", "not usable: nested too deeply", line)
         else:
             _keep(where, value, records, problems)
     return records
@@ -165,7 +166,7 @@ def _read_list(path: Path, text: str, start: int, problems: Problems) -> list[Re
             value, end = _DECODER.raw_decode(text, at)
             line += text.count("\n", counted, at)
             counted = at
-            _keep(f"{path}:{line}", value, records, problems)
+            _keep(Place(str(path), line), value, records, problems)
             at = _skip_space(text, end)
             mark = text[at : at + 1]
             if mark == "]":
@@ -192,13 +193,16 @@ def _nothing_after(
     return records
 
 
-def _keep(where: str, value: object, records: list[Record], problems: Problems) -> None:
+def _keep(where: Place, value: object, records: list[Record], problems: Problems) -> None:
     if not isinstance(value, Fields):
-        problems.add(where, f"row: found {describe(value)}, expected an object")
+        what = f"row: found {describe(value)}, expected an object"
+        problems.bad_row(where, "not an object", what, value)
         return
     for key in value.repeated:
-        problems.add(where, f"{key!r}: found twice in one row, expected once")
-    records.append(Record(where, value))
+        what = f"{key!r}: found twice in one row, expected once"
+        problems.bad_row(where, "key repeated", what, value)
+    if not value.repeated:
+        records.append(Record(where, value))
 
 
 def describe(value: object) -> str:
@@ -213,7 +217,9 @@ def describe(value: object) -> str:
         return str(value)
     if isinstance(value, str):
         return f"{value[:20]!r}" if value.strip() else "empty text"
-    return "a list" if isinstance(value, list) else "an object"
+    if isinstance(value, dict):
+        return "an object"
+    return "a list" if isinstance(value, list) else f"a value of type {type(value).__name__}"
 
 
 def text_of(record: Record, name: str, problems: Problems, *, numbers: bool = False) -> str | None:
@@ -226,19 +232,39 @@ def text_of(record: Record, name: str, problems: Problems, *, numbers: bool = Fa
         numbers: take a number too, as the text it was written as.
     """
     if name not in record.fields:
-        problems.add(record.where, f"{name}: missing, expected text")
+        what = f"{name}: missing, expected text"
+        problems.bad_row(record.where, f"{name}: missing", what, record.fields)
         return None
     value = record.fields[name]
+    fault = fault_of(value, numbers=numbers)
+    if fault is None:
+        return str(value)
+    reason, what = fault
+    hint = "write the answer as it should be generated, in quotes"
+    is_text = isinstance(value, str) and not isinstance(value, NumberText)
+    problems.bad_row(
+        record.where,
+        f"{name}: {reason}",
+        f"{name}: {what}",
+        record.fields,
+        hint if numbers and not is_text else "",
+    )
+    return None
+
+
+def fault_of(value: object, *, numbers: bool = False) -> tuple[str, str] | None:
+    """Say why a value cannot be used as text: the kind of fault and the whole story, or None.
+
+    Args:
+        value: what was found.
+        numbers: take a number as text.
+    """
     if not isinstance(value, str) or (isinstance(value, NumberText) and not numbers):
-        hint = "write the answer as it should be generated, in quotes" if numbers else ""
-        problems.add(record.where, f"{name}: found {describe(value)}, expected text", hint)
-        return None
+        return "not text", f"found {describe(value)}, expected text"
     if not value.strip():
-        problems.add(record.where, f"{name}: found empty text, expected some text")
-        return None
+        return "empty", "found empty text, expected some text"
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        problems.add(record.where, f"{name}: found half of a surrogate pair, expected text")
-        return None
-    return str(value)
+        return "broken text", "found half of a surrogate pair, expected text"
+    return None

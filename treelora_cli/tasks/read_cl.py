@@ -133,7 +133,7 @@ def _read_split(
 def _label(record: Record, labels: tuple[str, ...], problems: Problems) -> str | None:
     label = text_of(record, "label", problems, numbers=True)
     if label is not None and label not in labels:
-        listing = ", ".join(labels)
-        problems.add(record.where, f"label: found {label[:40]!r}, expected one of: {listing}")
+        what = f"label: found {label[:40]!r}, expected one of: {', '.join(labels)}"
+        problems.bad_row(record.where, "label: not a known one", what, record.fields)
         return None
     return label

@@ -7,13 +7,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from treelora_cli.tasks.catalog import resolve
+from treelora_cli.tasks.columns import Columns
 from treelora_cli.tasks.fingerprint import fingerprint
+from treelora_cli.tasks.hub import DatasetId
+from treelora_cli.tasks.problems import BadRow
 from treelora_cli.tasks.types import Row, Task
 
 TRACE = "trace"
 CL_BENCHMARK = "cl_benchmark"
 PLAIN = "plain"
+DATASET = "dataset"
 PREPARED = "prepared"
+
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "eval": ("eval", "dev", "valid", "validation", "val"),
+    "test": ("test",),
+}
+"""What the splits are called in files and data sets, best name first."""
 
 WHOLE = "all"
 """The key of ``TaskSource.files`` for one file that holds every row."""
@@ -24,16 +35,20 @@ class TaskSource:
     """One task found in a folder.
 
     Attributes:
-        name: the task's name: its folder's or file's.
-        layout: ``trace``, ``cl_benchmark``, ``plain`` or ``prepared``.
+        name: the task's name: its folder's, file's or data set's.
+        layout: ``trace``, ``cl_benchmark``, ``plain``, ``dataset`` or ``prepared``.
         files: the file of each split, or one under ``all`` that is to be split.
         place: where it lies below the data folder, for people.
+        columns: the columns the user named, or None.
+        dataset: what the ``datasets`` library shall load, for that layout.
     """
 
     name: str
     layout: str
     files: Mapping[str, Path]
     place: str
+    columns: Columns | None = None
+    dataset: DatasetId | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +60,14 @@ class Loaded:
         layout: as in ``TaskSource``.
         mapped: which columns became prompt and answer.
         notes: guesses and decisions that a person should know of.
+        bad_rows: rows that were left out.
     """
 
     task: Task
     layout: str
     mapped: str
     notes: tuple[str, ...] = field(default=())
+    bad_rows: tuple[BadRow, ...] = field(default=())
 
 
 def build(

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from treelora_cli.errors import DivergedError
 from treelora_cli.tree.build import member_distances
 from treelora_cli.tree.nodes import GradientTree, Node
 from treelora_cli.tree.signatures import SignatureBank
@@ -207,8 +208,16 @@ class OfficialSearch:
         Args:
             number: t.
             generator: on the host; the code draws from torch's global generator instead.
+
+        Raises:
+            DivergedError: a distance seen before was not finite.
         """
         table = self.scores(number)
+        if not bool(torch.isfinite(table).all()):
+            raise DivergedError(
+                "the distances to the earlier tasks are not finite numbers",
+                "training has diverged: lower optim.lr or method.reg",
+            )
         first = int(torch.multinomial(task_probabilities(table), 1, generator=generator))
         rows = row_probabilities(table, self.tree, first)
         return torch.multinomial(rows.T.contiguous(), 1, generator=generator).squeeze(1)

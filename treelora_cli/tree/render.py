@@ -50,8 +50,9 @@ def names_in_short(names: list[str], width: int = _NAMES_WIDTH) -> str:
 def _label(node: Mapping[str, Any], names: list[str], notes: Mapping[str, str]) -> Text:
     tasks = [names[task] for task in node["tasks"]]
     if not node["children"]:
-        note = f"  {notes[tasks[0]]}" if tasks[0] in notes else ""
-        return Text.assemble((tasks[0], "bold green"), note)
+        # A tree of bounded depth may end in a leaf of several tasks.
+        shown = "".join(f"  {notes[task]}" for task in tasks if task in notes)
+        return Text.assemble((", ".join(tasks), "bold green"), shown)
     depth = int(node["depth"])
     facts = f"depth {depth}, {_cut(node)}, radius {_number(node['radius'])}"
     return Text.assemble(

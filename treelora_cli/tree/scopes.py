@@ -30,7 +30,7 @@ SCOPES = ("model", "block")
 DELTAS = ("observed", "median", "bound")
 
 # Chosen by measurement: tests/tree/tree_synthetic.py prints the table.
-DEFAULT_C = 0.75
+DEFAULT_C = 1.0
 DEFAULT_DELTA = "observed"
 
 # Stored tasks that play the query when delta is observed.
