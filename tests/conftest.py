@@ -128,14 +128,16 @@ def toy_arguments(model: Path, data: Path, run: Path, tasks: str, *more: str) ->
     return [*head, "--run-dir", str(run), *sets, *more]
 
 
-def run_command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_command(
+    *arguments: str, timeout: float = 240, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run the real command in a child process."""
     code = "from treelora_cli.cli.app import main; main()"
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=timeout,
         check=False,
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "NO_COLOR": "1", **environment},

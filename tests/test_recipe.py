@@ -19,6 +19,7 @@ from treelora_cli.recipe import (
     read_yaml,
     recipe_names,
 )
+from treelora_cli.tasks.catalog import KNOWN
 
 FILES = sorted((ROOT / "recipes").rglob("*.yaml"))
 
@@ -44,7 +45,13 @@ def test_every_recipe_is_valid_and_says_what_it_is_for(path: Path) -> None:
     assert build_recipe(read_yaml(recipe.to_yaml(), "again"), "again") == recipe
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def training_cases() -> list[object]:
+    """Every recipe; those that only vary another one are among the slow tests."""
+    marks = {path: [pytest.mark.slow] * path.stem.endswith("-matched") for path in FILES}
+    return [pytest.param(path, id=path.stem, marks=marks[path]) for path in FILES]
+
+
+@pytest.mark.parametrize("path", training_cases())
 def test_every_recipe_trains(path: Path, treelora, tmp_path, tmp_path_factory) -> None:
     """A few steps of the real command on a tiny checkpoint, every task of the recipe's stream."""
     from conftest import make_checkpoint
@@ -70,6 +77,35 @@ def test_the_papers_setting() -> None:
     assert (recipe.optim.lr, recipe.lora.rank, recipe.optim.batch_size) == (1e-4, 8, 32)
     assert recipe.method.settings["lambda"] == 0.5
     assert recipe.bandit.c == 2
+
+
+ORDERS = {
+    "olora-order-1": "dbpedia amazon yahoo agnews",
+    "olora-order-2": "dbpedia amazon agnews yahoo",
+    "olora-order-3": "yahoo amazon agnews dbpedia",
+    "olora-order-4": "MNLI CB WiC COPA QQP BoolQA RTE IMDB yelp amazon SST-2 dbpedia agnews MultiRC "
+    "yahoo",
+    "olora-order-5": "MultiRC BoolQA WiC MNLI CB COPA QQP RTE IMDB SST-2 dbpedia agnews yelp amazon "
+    "yahoo",
+    "olora-order-6": "yelp amazon MNLI CB COPA QQP RTE IMDB SST-2 dbpedia agnews yahoo MultiRC "
+    "BoolQA WiC",
+    "trace-long-15": "C-STANCE FOMC MeetingBank Py150 ScienceQA NumGLUE-cm NumGLUE-ds 20Minuten "
+    "dbpedia amazon yahoo agnews yelp BoolQA QQP",
+    "math-llm": "ScienceQA NumGLUE-cm NumGLUE-ds",
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_the_papers_streams_and_their_matched_budgets(name: str) -> None:
+    recipe = load(ROOT / "recipes" / f"{name}.yaml")
+    matched = load(ROOT / "recipes" / f"{name}-matched.yaml")
+    assert recipe.stream.tasks == matched.stream.tasks == tuple(ORDERS[name].split())
+    for task in recipe.stream.tasks:
+        assert recipe.epochs_of(task) == KNOWN[task].epochs
+    assert isinstance(matched.optim.epochs, int)
+    differing = {line.partition(":")[0] for line in differences(recipe, matched)}
+    assert {key for key in differing if not key.startswith("optim.epochs")} <= {"data.test_rows"}
+    assert recipe.data.train_rows == 500
 
 
 @pytest.mark.parametrize(

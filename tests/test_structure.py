@@ -20,7 +20,7 @@ ROWS = [
     {"methods"},
     {"tree", "models", "tasks"},
     {"rundir"},
-    {"recipe", "registry"},
+    {"recipe", "registry", "conversation"},
     {"errors"},
 ]
 LEVEL = {name: level for level, row in enumerate(ROWS) for name in row}

@@ -51,7 +51,12 @@ class StreamSection(Section):
 class DataSection(Section):
     """Where rows come from and how long they may be."""
 
-    path: str | None = Field(None, description="folder of tasks; nothing: the built-in ones")
+    path: str | None = Field(
+        None, description="folder of tasks, one file, or hf:ORG/NAME; nothing: the built-in ones"
+    )
+    format: Literal["plain", "chat"] = Field(
+        "plain", description="prompts as they are, or in the tokenizer's chat template"
+    )
     max_prompt_tokens: Positive = Field(1024, description="longer prompts are cut")
     max_answer_tokens: Positive = Field(
         512, description="longer answers are cut; also caps each task's own length when asked"
@@ -110,8 +115,10 @@ class BanditSection(Section):
 
     search: Literal["tree", "flat", "random", "exhaustive"] = "tree"
     scope: Literal["model", "block"] = Field("model", description="one search, or one per block")
-    c: Annotated[float, Field(ge=0)] = Field(0.5, description="width of the bound; the paper: 2")
-    delta: Literal["bound", "median"] = Field("median", description="smoothness of a node")
+    c: Annotated[float, Field(ge=0)] = Field(1.0, description="width of the bound; the paper: 2")
+    delta: Literal["observed", "median", "bound"] = Field(
+        "observed", description="smoothness of a node: as observed, the paper's, a true bound"
+    )
 
 
 class TreeSection(Section):

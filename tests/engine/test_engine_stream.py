@@ -114,6 +114,7 @@ class Stop(BaseException):
         ("per-task", []),
         ("treelora-official", []),
         ("treelora-official", ["--set", "optim.carry=true"]),
+        ("joint", ["--set", "optim.epochs={alpha: 1, beta: 3}"]),
     ],
 )
 def test_stopped_at_any_step_and_resumed(
@@ -365,6 +366,7 @@ def test_the_logged_arms_of_a_real_run_are_those_of_equation_2(
     run = tmp_path / "run"
     arguments = toy_arguments(tiny_model, toy_data, run, "alpha,beta,gamma,delta")
     more = ["--epochs", "6", "--set", "eval.when=none", "--set", "optim.lr=5e-3"]
+    more += ["--set", "bandit.delta=median"]
     assert treelora(*arguments, *more).code == 0
     steps = [event for event in read_events(run / "events.jsonl") if event["kind"] == "step"]
     checked = 0
@@ -379,7 +381,7 @@ def test_the_logged_arms_of_a_real_run_are_those_of_equation_2(
         deltas = [node.median for node in tree.nodes]
         log: list[tuple[int, float]] = []
         for event in mine:
-            assert event["arms"] == [brute_force_arm(tree, deltas, log, 0.5)]
+            assert event["arms"] == [brute_force_arm(tree, deltas, log, 1.0)]
             log.append((event["arms"][0], event["xi"][0]))
             checked += 1
         record = json.loads((run / "tasks" / f"{index:03d}-{name}" / "task.json").read_text())

@@ -110,7 +110,7 @@ def examples(model: AdaptedModel) -> list[Example]:
 def test_the_engine_adds_it_to_every_forward_pass(
     model: AdaptedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The gradient of a step is that of sum_m share_m (loss_m - loss_m' reg t/T rho/(rho+1e-5)')."""
+    """A step's gradient is that of sum share (loss - loss' reg t/T rho/(rho + 1e-5)')."""
     method, drawn, gradients = make(model, reg=0.8), [], []
     train(method, model, 3)
     stored = method.stored.clone()

@@ -20,6 +20,7 @@ from treelora_cli.methods.base import (
 from treelora_cli.methods.treelora import TreeLora, TreeLoraSettings
 from treelora_cli.models.adapted import AdaptedModel
 from treelora_cli.models.backbone import load_backbone
+from treelora_cli.tree.scopes import node_deltas
 from treelora_cli.recipe import BanditSection, LoraSection, ModelSection, TreeSection, build_recipe
 
 STEPS = 10
@@ -229,17 +230,18 @@ def test_a_checkpoint_inside_a_task_goes_on_as_if_nothing_had_been(
     assert walk(again, range(4, 10)) == tail
 
 
-def test_live_arms_are_those_of_equation_2(model: AdaptedModel) -> None:
-    method = make(model, {"search": "tree", "c": 0.5})
+@pytest.mark.parametrize("delta", ["observed", "median", "bound"])
+def test_live_arms_are_those_of_equation_2(model: AdaptedModel, delta: str) -> None:
+    method = make(model, {"search": "tree", "c": 0.5, "delta": delta})
     train(method, model, 6)
     method.begin_task(task(6))
-    nodes = method.tree.nodes
+    deltas = node_deltas(method.tree, method.bank, delta)[0]
     log: list[tuple[int, float]] = []
     for number in range(40):
         move(model, 200 + number, 0.02)
         method.penalty(step(min(number, STEPS - 1)))
         seen = method.after_step(step(number))
-        expected = brute_force_arm(method.tree, [n.median for n in nodes], log, 0.5)
+        expected = brute_force_arm(method.tree, deltas, log, 0.5)
         assert seen["arms"] == [expected], f"pull {number}"
         log.append((seen["arms"][0], seen["xi"][0]))
     assert len({arm for arm, _ in log}) > 1

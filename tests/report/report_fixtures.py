@@ -125,6 +125,8 @@ def _make_run(
     tree: bool = True,
     extra: dict | None = None,
     steps: int = 40,
+    seed: int = 1234,
+    recipe: str | None = None,
 ) -> Path:
     """Write a run directory; ``learned`` tasks are finished, the next one is in training."""
     names = names_for(tasks) if isinstance(tasks, int) else tasks
@@ -135,12 +137,19 @@ def _make_run(
         base_fingerprint="f" * 64,
         builtin_base=builtin,
         builtin_data=builtin,
-        seed=1234,
+        seed=seed,
         versions={"torch": "2.13.0", "transformers": "5.23.0", "treelora": "0.1.0"},
         status=status or ("finished" if learned == len(names) else "running"),
         extra={
             "mode": mode,
-            "command": ["treelora", "train-stream", "--tasks", ",".join(names), "--seed", "1234"],
+            "command": [
+                "treelora",
+                "train-stream",
+                "--tasks",
+                ",".join(names),
+                "--seed",
+                str(seed),
+            ],
             **(extra or {}),
         },
     )
@@ -150,7 +159,9 @@ def _make_run(
         info.tasks[j]["status"] = "finished"
     if learned < len(names) and info.status == "running":
         info.tasks[learned]["status"] = "training"
-    recipe = f"method:\n  name: {method}\noptim:\n  lr: 0.0001\n  epochs: 2\n"
+    if recipe is None:
+        recipe = f"method:\n  name: {method}\noptim:\n  lr: 0.0001\n  epochs: 2\n"
+        recipe += f"stream:\n  seed: {seed}\n"
     run = RunDir.create(path, info, recipe=recipe)
     (path / "tasks").mkdir()
     _events(run, names, min(learned + 1, len(names)), steps, drop)

@@ -82,6 +82,8 @@ def test_json_on_stdout(run, half, flags):
         ("r.md", "# treelora on"),
         ("r.json", "{\n"),
         ("r.txt", "treelora on"),
+        ("r.csv", "kind,group,run,method"),
+        ("r.tex", "% Made by"),
     ],
 )
 def test_the_suffix_of_out_chooses_the_format(run, tmp_path, name, start):
@@ -100,8 +102,8 @@ def test_the_json_file_is_the_document_of_stdout(run, tmp_path):
     )
 
 
-def test_html_and_markdown_on_stdout_are_the_files(run, tmp_path):
-    for name, chosen in (("r.html", "html"), ("r.md", "md")):
+def test_pages_on_stdout_are_the_files(run, tmp_path):
+    for name, chosen in (("r.html", "html"), ("r.md", "md"), ("r.csv", "csv"), ("r.tex", "latex")):
         call("report", run, "--out", tmp_path / name)
         assert call("report", run, "--format", chosen).stdout == (tmp_path / name).read_text()
 
@@ -154,8 +156,14 @@ def test_neither_command_imports_torch(run):
         ["report", run],
         ["report", run, "--format", "html"],
         ["report", run, "--format", "md"],
+        ["report", run, "--format", "csv"],
+        ["report", run, "--format", "latex"],
         ["tree", "show", run],
         ["tree", "show", run, "--json"],
+        ["tree", "show", run, "--format", "svg"],
+        ["tree", "show", run, "--format", "dot"],
+        ["tree", "show", run, "--format", "mermaid"],
+        ["tree", "show", run, "--diff", "C-STANCE", "FOMC"],
     ):
         done = subprocess.run(
             [sys.executable, "-c", code, *map(str, args)],

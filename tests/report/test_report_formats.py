@@ -262,7 +262,7 @@ def test_json_of_one_run_is_an_object_and_of_several_a_list(runs):
     wanted = {"name", "metric", "own", "final", "zero_shot", "chance", "synthetic"}
     assert wanted <= set(one["tasks"][0])
     several = document([runs["trace"], runs["half"]])
-    assert list(several) == ["runs"]
+    assert list(several) == ["runs", "groups"]
     assert several["runs"][0] == one
     assert several["runs"][1]["synthetic"] is True
     for name in runs:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from treelora_cli.cli.prepare import prepare
 from treelora_cli.errors import DataError, TreeloraError, UsageError
-from treelora_cli.tasks.inspect import duplicates, leaks, token_lengths
+from treelora_cli.tasks.inspect import duplicates, shared_prompts, token_lengths
 from treelora_cli.tasks.layouts import detect
 from treelora_cli.tasks.load import load_found, load_tasks
 from treelora_cli.tasks.store import store
@@ -211,7 +211,7 @@ def test_writers_of_one_folder_take_turns(data: Path, tmp_path: Path) -> None:
     seen: list[str] = []
 
     def work() -> None:
-        seen.append(store(loaded, tmp_path / "out", data).status)
+        seen.append(store(loaded, tmp_path / "out", [data]).status)
 
     threads = [threading.Thread(target=work) for _ in range(6)]
     for thread in threads:
@@ -244,7 +244,9 @@ def test_duplicates_are_counted_within_and_between() -> None:
 
 def test_test_prompts_in_another_tasks_training_rows_are_found() -> None:
     tasks = [task_of("T", ["a"], ["b"], ["x", "y"]), task_of("U", ["X", "z"], ["b"], ["z"])]
-    assert leaks(tasks) == ["1 test prompts of T are in the train rows of U"]
+    assert [str(found) for found in shared_prompts(tasks)] == [
+        "1 test prompts of T are in the train rows of U"
+    ]
 
 
 def test_duplicates_are_shown(write, tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import pytest
 from treelora_cli.errors import DataError, UsageError
 from treelora_cli.tasks.layouts import detect
 from treelora_cli.tasks.load import available, load_found, load_tasks
-from treelora_cli.tasks.read_plain import guess_separator, split_by_hash
-from treelora_cli.tasks.source import Loaded
+from treelora_cli.tasks.read_plain import split_by_hash
+from treelora_cli.tasks.source import Loaded, guess_separator
 from treelora_cli.tasks.types import Row
 
 INSTRUCTIONS = '{"SC": [{"instruction_type": "zero-shot", "instruction": "Good or bad?\\n"}]}'
@@ -306,10 +306,8 @@ def test_wrong_folder_points_at_the_right_one(trace, cl: Path, tmp_path: Path) -
     with pytest.raises(DataError, match="the folder of one task") as below:
         detect(tmp_path / "data/FOMC")
     assert "--tasks FOMC" in below.value.hint
-    with pytest.raises(DataError, match="found nothing, expected a data folder"):
+    with pytest.raises(DataError, match="found nothing, expected data"):
         detect(tmp_path / "gone")
-    with pytest.raises(DataError, match="found a file, expected a data folder"):
-        detect(tmp_path / "data/FOMC/test.json")
     (tmp_path / "void").mkdir()
     with pytest.raises(DataError, match="no task found"):
         detect(tmp_path / "void")

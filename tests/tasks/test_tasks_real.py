@@ -63,8 +63,8 @@ def test_prepared_real_data_are_the_same_to_the_byte(real_data: Path, tmp_path: 
     for layout in ("trace", "cl_benchmark"):
         source, out = real_data / layout, tmp_path / layout
         loaded = load_found(detect(source), available(source))
-        assert store(loaded, out, source).status == "written"
-        assert store(loaded, out, source).status == "unchanged"
+        assert store(loaded, out, [source]).status == "written"
+        assert store(loaded, out, [source]).status == "unchanged"
         before = [one.task for one in loaded]
         after = load_tasks([task.name for task in before], out)
         assert after == before

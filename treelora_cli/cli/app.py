@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 import warnings
@@ -14,6 +13,7 @@ import typer
 from treelora_cli import __version__
 from treelora_cli.cli import builtin, tree
 from treelora_cli.cli.eval import evaluate
+from treelora_cli.cli.logs import set_up_logging
 from treelora_cli.cli.methods import methods
 from treelora_cli.cli.output import SCHEMA_VERSION, stderr
 from treelora_cli.cli.prepare import prepare
@@ -68,12 +68,7 @@ def common(
     """Options that stand before the command."""
     if debug:
         os.environ["TREELORA_DEBUG"] = "1"
-    logging.basicConfig(
-        level=logging.DEBUG if debug else logging.ERROR,
-        format="%(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
-    logging.getLogger("treelora").setLevel(logging.DEBUG if debug else logging.WARNING)
+    set_up_logging(debug=debug)
     if not debug:
         # Libraries warn their callers, that is us; a user of the command can do nothing about it.
         warnings.simplefilter("ignore")

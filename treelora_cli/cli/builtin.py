@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from treelora_cli.cli.output import print_json, stderr, stdout
+from treelora_cli.cli.output import print_json, stderr, stdout, write_out
 
 app = typer.Typer(
     help="The built-in tiny base and miniature tasks (synthetic, no network needed).",
@@ -26,7 +26,7 @@ def path(json_output: JsonFlag = False) -> None:
     if json_output:
         print_json({"kind": "builtin-path", "path": str(folder)})
     else:
-        stdout().print(str(folder), markup=False)
+        write_out(str(folder))
 
 
 @app.command("export")
@@ -52,7 +52,7 @@ def export(
         print_json({"kind": "builtin-export", "seed": chosen, "tasks": names, "files": listed})
     else:
         for file in files:
-            stdout().print(str(file), markup=False)
+            write_out(str(file))
 
 
 @app.command("pretrain")

@@ -77,13 +77,13 @@ class PlainLines:
     def _finished(self, event: Event) -> str:
         name = event["task"]
         of = self._started.get("of", "?")
-        parts = [f"[{event['index'] + 1}/{of}] {name}"]
+        parts = [f"[{event['index'] + 1}/{of}] {_title(event)}"]
         if self._last.get("task") == name:
             parts.append(f"loss {self._last['loss']:.3f}")
             if self._last.get("penalty") is not None:
                 parts.append(f"penalty {self._last['penalty']:.4f}")
             parts.append(f"{self._last['tokens_per_second']:,} tokens/s")
-        if name in self._scores:
+        if name in self._scores and name == _title(event):
             parts.append(f"score {self._scores[name]:.3f}")
         seconds = event["seconds"]
         if "train" in seconds:
@@ -92,10 +92,16 @@ class PlainLines:
         return "  ".join(parts)
 
 
+def _title(event: Event) -> str:
+    """What is trained: a task, or several at once."""
+    tasks = event.get("tasks", [event["task"]])
+    return str(event["task"]) if len(tasks) == 1 else f"{len(tasks)} tasks at once"
+
+
 def _truncation(event: Event) -> str | None:
     if not event["truncated"]:
         return None
-    return f"{event['task']}: {event['truncated']} of {event['rows']} training rows were cut to fit"
+    return f"{_title(event)}: {event['truncated']} of {event['rows']} training rows were cut to fit"
 
 
 class _Display:
@@ -147,7 +153,7 @@ class _Display:
             asked = f"asked {event['task']} after {event['after'] or 'nothing'}"
             self._progress.update(self._stream, note=f"{asked}: {event['score']:.3f}")
         elif kind == "task_finished" and self._stream is not None:
-            self._progress.advance(self._stream)
+            self._progress.advance(self._stream, len(event.get("tasks", "1")))
         line = self._lines.line(event)
         if line:
             self._progress.console.print(line, markup=False)
@@ -155,7 +161,7 @@ class _Display:
     def _begin_task(self, event: Event) -> None:
         if self._task is not None:
             self._progress.remove_task(self._task)
-        place = f"{event['index'] + 1}/{event['of']} {event['task']}"
+        place = f"{event['index'] + 1}/{event['of']} {_title(event)}"
         self._task = self._progress.add_task(
             place, total=event["steps"], completed=event["from_step"], note=""
         )

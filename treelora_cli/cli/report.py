@@ -17,37 +17,56 @@ if TYPE_CHECKING:
 def report(
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN", help="Run directories; several are compared."),
+        typer.Argument(
+            metavar="RUN",
+            help="Run directories, or folders of them; several runs are compared, and those that "
+            "differ only in the seed are taken together.",
+        ),
     ],
     out: Annotated[
         Path | None,
         typer.Option(
             help="Write here instead of standard output; the suffix chooses the format "
-            "(.html, .md, .json, .txt)."
+            "(.html, .md, .json, .csv, .tex, .txt)."
         ),
     ] = None,
     format_: Annotated[
         str | None,
-        typer.Option("--format", metavar="html|md|json|text", help="The format of the report."),
+        typer.Option(
+            "--format", metavar="html|md|json|csv|latex|text", help="The format of the report."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
 ) -> None:
     """Show OP, BWT, FWT, forgetting and every score of a run, while it trains or afterwards.
 
     Only full test scores in the method's own adapter mode count; what they do not cover is empty.
+
+    Runs that differ only in the seed: mean ± sample standard deviation (n - 1).
+
+    CSV is one table in long form for pandas.read_csv. Its column kind tells rows
+    apart: score (one cell of R), number and op_curve of a run; group_number,
+    group_op_curve and group_final over seeds, with std and n. Scores are 0-1;
+    after_index 0 is zero shot; text that a spreadsheet would run as a formula
+    starts with a quote. R of one run: read_csv("r.csv").query("kind == 'score'")
+    .pivot(index="after_index", columns="task", values="score").
+
+    LaTeX is two tables for an article with the package booktabs; bold is best.
     """
     from treelora_cli.report.collect import collect
     from treelora_cli.report.formats import choose
+    from treelora_cli.report.selection import select
 
     if as_json and format_ not in (None, "json"):
         raise UsageError(f"--json and --format {format_} ask for two formats", "give one of them")
     chosen = choose("json" if as_json else format_, out)
-    reports = [collect(run) for run in runs]
+    selection = select(runs)
+    reports = [collect(run) for run in selection.runs]
     if out is None:
-        _print(chosen, reports)
+        _print(chosen, reports, selection.from_folder)
         return
     try:
-        _write(chosen, reports, out)
+        _write(chosen, reports, out, selection.from_folder)
     except RunDirError as error:
         raise UsageError(error.message, "choose another place with --out") from error
     plural = "run" if len(reports) == 1 else "runs"
@@ -56,22 +75,21 @@ def report(
     )
 
 
-def _print(chosen: str, reports: list[RunReport]) -> None:
+def _print(chosen: str, reports: list[RunReport], listed: bool) -> None:
     if chosen == "json":
         from treelora_cli.report.document import document
 
-        output.print_json(document(reports))
+        output.print_json(document(reports, listed))
     elif chosen == "text":
         from treelora_cli.report.text import renderable
 
         console = output.stdout()
         console.print(renderable(reports, console.width), soft_wrap=False, crop=False)
     else:
-        page = _page(chosen, reports)
-        output.stdout().print(page, markup=False, soft_wrap=True, end="", emoji=False)
+        output.write_out(_page(chosen, reports).removesuffix("\n"))
 
 
-def _write(chosen: str, reports: list[RunReport], out: Path) -> None:
+def _write(chosen: str, reports: list[RunReport], out: Path, listed: bool) -> None:
     from treelora_cli.rundir.atomic import write_file, write_json
 
     if not out.parent.is_dir():
@@ -81,7 +99,7 @@ def _write(chosen: str, reports: list[RunReport], out: Path) -> None:
     if chosen == "json":
         from treelora_cli.report.document import document
 
-        write_json(out, {"schema_version": output.SCHEMA_VERSION, **document(reports)})
+        write_json(out, {"schema_version": output.SCHEMA_VERSION, **document(reports, listed)})
     else:
         write_file(out, _page(chosen, reports))
 
@@ -91,6 +109,14 @@ def _page(chosen: str, reports: list[RunReport]) -> str:
         from treelora_cli.report.html import html
 
         return html(reports)
+    if chosen == "csv":
+        from treelora_cli.report.csvtable import csv_table
+
+        return csv_table(reports)
+    if chosen == "latex":
+        from treelora_cli.report.latex import latex
+
+        return latex(reports)
     if chosen == "md":
         from treelora_cli.report.markdown import markdown
 

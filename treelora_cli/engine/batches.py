@@ -2,12 +2,40 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
 import torch
 
 from treelora_cli.engine.seeds import derive
 
 
-class BatchPlan:
+class RowPlan(ABC):
+    """The rows of every step.
+
+    Attributes:
+        steps: optimizer steps in all.
+        steps_per_epoch: optimizer steps of one epoch.
+    """
+
+    steps: int
+    steps_per_epoch: int
+
+    @abstractmethod
+    def rows(self, step: int) -> list[int]:
+        """Return the indices of the rows of a step."""
+
+    def epoch_of(self, step: int) -> int:
+        """Return the epoch, from 0, that a step belongs to."""
+        return step // self.steps_per_epoch
+
+    def forwards_per_epoch(self, micro_batch_size: int) -> int:
+        """Return the forward passes of one epoch, each of so many rows at the most."""
+        sizes = (len(self.rows(step)) for step in range(self.steps_per_epoch))
+        return sum(-(-size // micro_batch_size) for size in sizes)
+
+
+class BatchPlan(RowPlan):
     """The order of rows over all epochs of one task.
 
     Every epoch visits every row once, in an order of its own; the last batch of an epoch may be
@@ -28,15 +56,6 @@ class BatchPlan:
         self.steps = self.steps_per_epoch * epochs
         self._order: tuple[int, list[int]] = (-1, [])
 
-    def epoch_of(self, step: int) -> int:
-        """Return the epoch, from 0, that a step belongs to."""
-        return step // self.steps_per_epoch
-
-    def forwards_per_epoch(self, micro_batch_size: int) -> int:
-        """Return the forward passes of one epoch, each of so many rows at the most."""
-        sizes = (len(self.rows(step)) for step in range(self.steps_per_epoch))
-        return sum(-(-size // micro_batch_size) for size in sizes)
-
     def rows(self, step: int) -> list[int]:
         """Return the indices of the rows of a step."""
         epoch = self.epoch_of(step)
@@ -45,3 +64,34 @@ class BatchPlan:
             self._order = (epoch, torch.randperm(self.count, generator=generator).tolist())
         start = (step % self.steps_per_epoch) * self.batch_size
         return self._order[1][start : start + self.batch_size]
+
+
+class UnionPlan(RowPlan):
+    """The rows of several tasks shuffled together, in one epoch.
+
+    A task's rows occur as often as it has epochs. There are as many steps as the tasks would take
+    one after the other; where their last batches would have been smaller, all batches are, by a
+    row or so, since the occurrences are spread evenly.
+
+    Args:
+        rows: number of rows of each task; they are numbered through.
+        batch_size: the most rows an optimizer step.
+        epochs: passes over each task's rows.
+        seed: decides the order.
+    """
+
+    def __init__(
+        self, rows: Sequence[int], batch_size: int, epochs: Sequence[int], seed: int
+    ) -> None:
+        self.steps = sum(-(-n // batch_size) * e for n, e in zip(rows, epochs, strict=True))
+        self.steps_per_epoch = self.steps
+        counts = torch.tensor(epochs).repeat_interleave(torch.tensor(rows))
+        occurrences = torch.arange(sum(rows)).repeat_interleave(counts)
+        generator = torch.Generator().manual_seed(derive(seed, "union"))
+        order = torch.randperm(len(occurrences), generator=generator)
+        self._order: list[int] = occurrences[order].tolist()
+
+    def rows(self, step: int) -> list[int]:
+        """Return the indices of the rows of a step."""
+        total = len(self._order)
+        return self._order[step * total // self.steps : (step + 1) * total // self.steps]

@@ -9,7 +9,7 @@ from typing import Any
 
 from treelora_cli.engine.opening import load_stream_tasks
 from treelora_cli.methods.base import build_method
-from treelora_cli.models.encode import Encoder
+from treelora_cli.models.encode import Encoder, encoder_for
 from treelora_cli.models.outline import Outline, outline
 from treelora_cli.recipe import Recipe
 from treelora_cli.rundir.layout import RunDir
@@ -81,14 +81,7 @@ def plan_stream(recipe: Recipe, path: Path) -> Plan:
     method = build_method(recipe)
     tasks = load_stream_tasks(recipe, recipe.stream.tasks)
     sizes = outline(recipe.model, recipe.lora)
-    data = recipe.data
-    encoder = Encoder(
-        sizes.tokenizer,
-        data.max_prompt_tokens,
-        data.max_answer_tokens,
-        data.truncate,
-        sizes.positions,
-    )
+    encoder = encoder_for(sizes.tokenizer, recipe.data, sizes.positions)
     status = _status(path)
     planned = tuple(_planned(task, recipe, encoder, status.get(task.name, "new")) for task in tasks)
     left = [task for task in planned if task.status != "finished"]

@@ -68,7 +68,11 @@ def evaluate_run(
     run = RunDir.open(path)
     trained = trained_tasks(run)
     answering = _answering(request.adapter, trained)
-    names = pick([name for _, name in trained], _listed(request.tasks), "task")
+    learned = [name for _, name in trained]
+    if run.info.extra.get("mode") == "joint":
+        learned = [entry["name"] for entry in run.info.tasks]
+        _refuse_own(request.adapter)
+    names = pick(learned, _listed(request.tasks), "task")
     recipe = _recipe(run, request)
     with StopFlag() as stop, RunLock(path):
         tasks = load_stream_tasks(recipe, names)
@@ -117,6 +121,14 @@ def _answering(adapter: str, trained: list[Place]) -> Place | None:
         name = pick([place[1] for place in trained], [adapter.removeprefix("task:")], "task")[0]
         return next(place for place in trained if place[1] == name)
     raise UsageError(f"unknown adapter {adapter!r}", "use latest, own or task:NAME")
+
+
+def _refuse_own(adapter: str) -> None:
+    if adapter == "own":
+        raise UsageError(
+            "the tasks of this run were trained at once: none has an adapter of its own",
+            "use --adapter latest",
+        )
 
 
 def _recipe(run: RunDir, request: EvalRequest) -> Recipe:

@@ -8,7 +8,7 @@ from typing import Any
 
 from treelora_cli.engine.signals import StopFlag
 from treelora_cli.models.adapted import AdaptedModel
-from treelora_cli.models.encode import Encoder
+from treelora_cli.models.encode import Encoder, encoder_for
 from treelora_cli.models.forward import DECODING, generate
 from treelora_cli.recipe import DataSection
 from treelora_cli.rundir import faults
@@ -27,15 +27,10 @@ def build_encoder(adapted: AdaptedModel, data: DataSection) -> Encoder:
     """Return the encoder for the rows of a recipe.
 
     Raises:
-        UsageError: prompt and answer together exceed the model's positions.
+        UsageError: prompt and answer together exceed the model's positions, or the tokenizer has
+            no chat template and the recipe asks for it.
     """
-    return Encoder(
-        adapted.backbone.tokenizer,
-        data.max_prompt_tokens,
-        data.max_answer_tokens,
-        data.truncate,
-        adapted.backbone.positions,
-    )
+    return encoder_for(adapted.backbone.tokenizer, data, adapted.backbone.positions)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from treelora_cli.errors import DataError, UsageError
 from treelora_cli.methods.base import Method, StreamContext, build_method
 from treelora_cli.models.adapted import AdaptedModel
 from treelora_cli.models.backbone import Backbone, load_backbone
+from treelora_cli.models.encode import encoder_for
 from treelora_cli.models.forward import DECODING
 from treelora_cli.recipe import Recipe
 from treelora_cli.rundir.atomic import write_file
@@ -47,8 +48,7 @@ def load_stream_tasks(recipe: Recipe, names: Sequence[str]) -> list[Task]:
     data = recipe.data
     train = _least(data.train_rows, recipe.limit)
     test = _least(data.test_rows, recipe.limit)
-    folder = None if data.path is None else Path(data.path)
-    return [limit_rows(task, train, test, ROW_SEED) for task in load_tasks(names, folder)]
+    return [limit_rows(task, train, test, ROW_SEED) for task in load_tasks(names, data.path)]
 
 
 def _least(*limits: int | None) -> int | None:
@@ -96,8 +96,9 @@ def _load(recipe: Recipe, path: Path, method: Method) -> Opened:
 
 
 def _load_model(recipe: Recipe, method: Method) -> AdaptedModel:
-    """Load the model and let the method meet it, since it may refuse its shape."""
+    """Load the model and let recipe and method meet it, since they may not fit its shape."""
     adapted = AdaptedModel(load_backbone(recipe.model), recipe.lora, recipe.stream.seed)
+    encoder_for(adapted.backbone.tokenizer, recipe.data, adapted.backbone.positions)
     method.start(StreamContext(recipe.stream.seed, recipe.bandit, recipe.tree), adapted)
     return adapted
 

@@ -59,10 +59,26 @@ def resolve_recipe(
                 "leave them as they were, or give another --run-dir",
             )
         tasks = merge_tasks(list(stored.stream.tasks), tasks if asked or recipe else [])
+        _check_growth(stored, tasks, run_path)
     check_tasks(tasks, resolved)
     return resolved.model_copy(
         update={"stream": resolved.stream.model_copy(update={"tasks": tuple(tasks)})}
     )
+
+
+def _check_growth(stored: Recipe, tasks: list[str], run_path: Path) -> None:
+    """Refuse to add a task to a run that trains all of its tasks at once.
+
+    Raises:
+        UsageError: it is such a run, and there is a new task.
+    """
+    new = tasks[len(stored.stream.tasks) :]
+    if new and build_method(stored).mode == "joint":
+        raise UsageError(
+            f"{run_path} trains all its tasks at once with the method {stored.method.name}, so "
+            f"{', '.join(new)} cannot be added to it",
+            "train a new run on all of them: give another --run-dir",
+        )
 
 
 def _stored_recipe(run_path: Path) -> Recipe | None:

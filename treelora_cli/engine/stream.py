@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from treelora_cli.engine.batches import BatchPlan
-from treelora_cli.engine.evaluation import BASE, Asked, Evaluator, build_encoder
+from treelora_cli.engine.evaluation import Evaluator, build_encoder
+from treelora_cli.engine.matrix import Matrix
 from treelora_cli.engine.opening import Opened, open_for_training
 from treelora_cli.engine.optim import optimizer_tensors
 from treelora_cli.engine.seeds import derive
@@ -18,9 +18,9 @@ from treelora_cli.engine.store import (
     load_optimizer,
     load_stored,
     save_task,
-    snapshot_hash,
 )
 from treelora_cli.engine.training import StepResult, TaskTrainer
+from treelora_cli.engine.units import Unit, facts, row_plan, units
 from treelora_cli.errors import Interrupted, RunDirError, TreeloraError
 from treelora_cli.methods.base import TaskContext
 from treelora_cli.models.encode import Example
@@ -29,8 +29,6 @@ from treelora_cli.rundir import checkpoints
 from treelora_cli.rundir.atomic import committed, write_json
 from treelora_cli.rundir.events import EventLog
 from treelora_cli.rundir.scores import Scores
-from treelora_cli.tasks.metrics import constant_score
-from treelora_cli.tasks.types import Task
 
 Show = Callable[[dict[str, Any]], None]
 
@@ -64,7 +62,8 @@ class _Stream:
         self.show = show
         self.log = EventLog(opened.run.events)
         self.resume_hint = f"go on with: treelora train-stream --run-dir {opened.run.path}"
-        self.evaluator = Evaluator(
+        self.units = units(opened.method.mode, opened.tasks)
+        evaluator = Evaluator(
             adapted=opened.adapted,
             data=opened.recipe.data,
             batch_size=opened.recipe.eval.batch_size,
@@ -74,6 +73,7 @@ class _Stream:
             emit=self.emit,
             stop=stop,
         )
+        self.matrix = Matrix(evaluator, opened.recipe.eval, opened.method.mode, opened.tasks)
 
     def emit(self, kind: str, fields: dict[str, Any]) -> None:
         """Log an event and show it."""
@@ -89,8 +89,8 @@ class _Stream:
         self.emit("run_started", self._run_facts() | {"tasks": names, "todo": todo})
         try:
             first = self._take_up()
-            for index, task in enumerate(self.tasks):
-                self._one_task(index, task, trained=index < first)
+            for number, unit in enumerate(self.units):
+                self._one_unit(unit, trained=number < first)
         except Interrupted as error:
             info.status = "interrupted"
             self.run_dir.save_info()
@@ -122,7 +122,7 @@ class _Stream:
 
     def _take_up(self) -> int:
         """Restore the method and the adapter from finished tasks; return how many there are."""
-        places = [(index, task.name) for index, task in enumerate(self.tasks)]
+        places = [unit.place for unit in self.units]
         done = [place for place in places if committed(self.run_dir.task_dir(*place)) is not None]
         if done != places[: len(done)]:
             missing = places[[place in done for place in places].index(False)][1]
@@ -139,115 +139,70 @@ class _Stream:
                 write_json(self.run_dir.tree_json, tree.document)
         return len(done)
 
-    def _one_task(self, index: int, task: Task, *, trained: bool) -> None:
-        entry = self.run_dir.info.tasks[index]
-        if entry["status"] == "finished":
+    def _one_unit(self, unit: Unit, *, trained: bool) -> None:
+        if self.run_dir.info.tasks[unit.index]["status"] == "finished":
             return
         began = time.perf_counter()
         train_seconds = 0.0
         if not trained:
-            self._score_before(index, task)
+            self.matrix.before(unit)
             began_training = time.perf_counter()
-            train_seconds = self._train(index, task)
+            train_seconds = self._train(unit)
             began += time.perf_counter() - began_training
-        self._score_after(index)
-        self._set_status(index, "finished")
+        self.matrix.after(unit)
+        self._set_status(unit, "finished")
         seconds = {"train": train_seconds, "evaluate": time.perf_counter() - began}
         if trained:
             del seconds["train"]
-        self.emit("task_finished", {"task": task.name, "index": index, "seconds": seconds})
+        self.emit("task_finished", self._names(unit) | {"seconds": seconds})
 
-    def _set_status(self, index: int, status: str) -> None:
-        self.run_dir.info.tasks[index]["status"] = status
+    def _names(self, unit: Unit) -> dict[str, Any]:
+        return {"task": unit.task.name, "tasks": unit.names, "index": unit.index}
+
+    def _set_status(self, unit: Unit, status: str) -> None:
+        for member in unit.members:
+            self.run_dir.info.tasks[member]["status"] = status
         self.run_dir.save_info()
 
-    def _place(self, index: int) -> tuple[int, str]:
-        return index, self.tasks[index].name
-
-    def _score_before(self, index: int, task: Task) -> None:
-        """The zero-shot cell, and the cell just before training (both for FWT)."""
-        plan = self.recipe.eval
-        if plan.when == "none":
-            return
-        if plan.zero_shot:
-            base = self.run_dir.info.base_fingerprint
-            self.evaluator.cell(Asked(None, task, BASE, base))
-        if plan.before and plan.when == "all" and index > 0 and self.method.mode == "latest":
-            previous = self._place(index - 1)
-            self.evaluator.cell(Asked(previous[1], task, "latest", self._live_hash(), previous))
-
-    def _live_hash(self) -> str:
-        return snapshot_hash(self.adapted.snapshot())
-
-    def _score_after(self, index: int) -> None:
-        """The row of the score matrix after a task: all tasks so far, or its own cell."""
-        when = self.recipe.eval.when
-        if when == "none" or (when == "last" and index < len(self.tasks) - 1):
-            return
-        place = self._place(index)
-        if self.method.mode == "own":
-            asked = range(index + 1) if when == "last" else range(index, index + 1)
-            for column in asked:
-                self._score_own(column)
-            return
-        answering = self._live_hash()
-        for column in range(index + 1):
-            task = self.tasks[column]
-            self.evaluator.cell(Asked(place[1], task, "latest", answering, place))
-
-    def _score_own(self, index: int) -> None:
-        """An own adapter does not change with later tasks: one cell holds for all of them."""
-        place = self._place(index)
-        snapshot = load_adapter(self.run_dir, *place)
-        live = self.adapted.snapshot()
-        self.adapted.restore(snapshot)
-        try:
-            self.evaluator.cell(
-                Asked(place[1], self.tasks[index], "own", snapshot_hash(snapshot), place)
-            )
-        finally:
-            self.adapted.restore(live)
-
-    def _train(self, index: int, task: Task) -> float:
-        """Train one task from its start or its last checkpoint and commit it; return seconds."""
+    def _train(self, unit: Unit) -> float:
+        """Train a unit from its start or its last checkpoint and commit it; return seconds."""
         optim = self.recipe.optim
-        epochs = self.recipe.epochs_of(task.name)
-        seed = derive(self.recipe.stream.seed, "task", index, task.name)
-        examples = self._encode(task)
-        plan = BatchPlan(len(examples), optim.batch_size, epochs, seed)
+        seed = derive(self.recipe.stream.seed, "task", *unit.place)
+        examples = self._encode(unit)
+        plan = row_plan(unit, self.recipe, seed)
         forwards = plan.forwards_per_epoch(optim.micro_batch_size)
-        context = TaskContext(index, task.name, plan.steps, plan.steps_per_epoch, seed, forwards)
-        self._set_status(index, "training")
+        context = TaskContext(*unit.place, plan.steps, plan.steps_per_epoch, seed, forwards)
+        self._set_status(unit, "training")
         self.method.begin_task(context)
         trainer = TaskTrainer(self.adapted, self.method, context, examples, plan, optim)
-        if optim.carry and index > 0:
-            trainer.carry_on(load_optimizer(self.run_dir, *self._place(index - 1)))
+        if optim.carry and unit.previous is not None:
+            trainer.carry_on(load_optimizer(self.run_dir, *unit.previous))
         self._resume(trainer)
-        facts = {
-            "task": task.name,
-            "index": index,
+        started = {
             "of": len(self.tasks),
             "steps": plan.steps,
-            "epochs": epochs,
+            "epochs": plan.steps // plan.steps_per_epoch,
             "rows": len(examples),
             "truncated": sum(example.truncated for example in examples),
             "from_step": trainer.step,
-            "synthetic": task.synthetic,
+            "synthetic": any(task.synthetic for task in unit.tasks),
         }
-        self.emit("task_started", facts)
+        self.emit("task_started", self._names(unit) | started)
         trainer.run(lambda result: self._after_step(trainer, result))
         memory = self.method.end_task(context)
-        document = self._task_document(task, trainer, epochs)
+        document = self._task_document(unit, trainer)
         carried = optimizer_tensors(trainer.optimizer) if optim.carry else {}
         save_task(self.run_dir, self.adapted, document, memory, carried)
-        self._set_status(index, "trained")
+        self._set_status(unit, "trained")
         checkpoints.clear(self.run_dir)
         return trainer.seconds
 
-    def _encode(self, task: Task) -> list[Example]:
+    def _encode(self, unit: Unit) -> list[Example]:
         encoder = build_encoder(self.adapted, self.recipe.data)
         return [
-            encoder.example(row.prompt, row.answer, task.separator) for row in task.splits["train"]
+            encoder.example(row.prompt, row.answer, task.separator)
+            for task in unit.tasks
+            for row in task.splits["train"]
         ]
 
     def _resume(self, trainer: TaskTrainer) -> None:
@@ -290,24 +245,13 @@ class _Stream:
                 f"{trainer.plan.steps}; the state is saved in {self.run_dir.path}"
             )
 
-    def _task_document(self, task: Task, trainer: TaskTrainer, epochs: int) -> dict[str, Any]:
-        index = trainer.task.index
-        return {
-            "index": index,
-            "name": task.name,
-            "metric": task.metric,
-            "language": task.language,
-            "labels": list(task.labels) if task.labels else None,
-            "synthetic": task.synthetic,
-            "source": task.source,
+    def _task_document(self, unit: Unit, trainer: TaskTrainer) -> dict[str, Any]:
+        return facts(unit, self.recipe) | {
+            "index": unit.index,
             "steps": trainer.plan.steps,
-            "epochs": epochs,
-            "train_rows": len(trainer.examples),
             "seed": trainer.task.seed,
-            "data_fingerprint": task.fingerprint,
             "answers_with": ["adapter"],
             "seconds": {"train": round(trainer.seconds, 3)},
-            "chance": constant_score(task, "test"),
             "trainable_parameters": self.adapted.trainable_count(),
             "tokens": trainer.tokens,
         }

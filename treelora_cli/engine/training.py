@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from treelora_cli.engine.batches import BatchPlan
+from treelora_cli.engine.batches import RowPlan
 from treelora_cli.engine.optim import (
     build_optimizer,
     learning_rate,
@@ -58,7 +58,7 @@ class TaskTrainer:
         method: Method,
         task: TaskContext,
         examples: Sequence[Example],
-        plan: BatchPlan,
+        plan: RowPlan,
         optim: OptimSection,
     ) -> None:
         self.adapted = adapted

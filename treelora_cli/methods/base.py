@@ -17,7 +17,7 @@ from treelora_cli.models.adapted import AdaptedModel
 from treelora_cli.recipe import BanditSection, Recipe, Section, TreeSection, validation_problem
 
 Need = Literal["penalty", "gradients", "weights"]
-Mode = Literal["latest", "own"]
+Mode = Literal["latest", "own", "joint"]
 
 
 class MethodSettings(Section):
@@ -132,7 +132,8 @@ class Method:
     Attributes:
         name: as written in recipes and on the command line.
         needs: what it asks of a training step; an engine that cannot give it refuses at start.
-        mode: whose adapter answers when scores are taken: ``latest``, or each task's ``own``.
+        mode: whose adapter answers when scores are taken: ``latest``, or each task's ``own``;
+            ``joint``: all tasks are trained at once, and the one adapter answers.
         Settings: its own settings.
         per_forward: True for a penalty of every forward pass instead of every optimizer step.
         departures: where paper, released code and this program differ, for ``treelora methods``.

@@ -9,7 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from treelora_cli.conversation import turns_of
 from treelora_cli.errors import UsageError
+from treelora_cli.models.chat import ChatTemplate
+from treelora_cli.recipe import DataSection
 
 IGNORED = -100
 
@@ -73,9 +76,16 @@ class Encoder:
         truncate: ``left`` drops a long prompt's beginning (as the papers' code does), ``middle``
             keeps both ends.
         positions: the model's longest sequence, or None.
+        chat: render prompts with the tokenizer's chat template; otherwise they are read as they
+            are, after the begin token.
+
+    Attributes:
+        end: the token learned after every answer.
+        stops: the tokens at which generation ends.
 
     Raises:
-        UsageError: prompt and answer together exceed the model's positions.
+        UsageError: prompt and answer together exceed the model's positions, or there is no chat
+            template to use.
     """
 
     def __init__(
@@ -85,10 +95,16 @@ class Encoder:
         max_answer_tokens: int,
         truncate: Literal["left", "middle"] = "left",
         positions: int | None = None,
+        *,
+        chat: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
-        self.bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+        self.chat = ChatTemplate(tokenizer) if chat else None
+        has_bos = self.chat is None and tokenizer.bos_token_id is not None
+        self.bos = [tokenizer.bos_token_id] if has_bos else []
         self.eos = tokenizer.eos_token_id
+        self.end = self.eos if self.chat is None else self.chat.end
+        self.stops = sorted({self.end, self.eos})
         self.pad = tokenizer.pad_token_id
         self.max_prompt_tokens = max_prompt_tokens
         self.max_answer_tokens = max_answer_tokens
@@ -106,7 +122,13 @@ class Encoder:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def prompt(self, text: str) -> tuple[list[int], bool]:
-        """Return a prompt's tokens with the begin token, and whether it was cut."""
+        """Return a prompt's tokens as the model reads them, and whether it was cut.
+
+        Args:
+            text: the prompt; a ``Conversation`` brings its turns for the chat template.
+        """
+        if self.chat is not None:
+            return self.chat.fit(turns_of(text), self.max_prompt_tokens, self.truncate)
         ids = self._ids(text)
         cut = len(ids) > self.max_prompt_tokens
         if cut and self.truncate == "left":
@@ -117,12 +139,40 @@ class Encoder:
         return self.bos + ids, cut
 
     def example(self, prompt: str, answer: str, separator: str = "") -> Example:
-        """Tokenise a training row; the answer is kept and always ends with the end token."""
+        """Tokenise a training row; the answer is kept and always ends with the end token.
+
+        Args:
+            prompt: the prompt.
+            answer: what is learned.
+            separator: the text between them; in a chat the template says what stands there.
+        """
         read, prompt_cut = self.prompt(prompt)
-        learned = self._ids(separator + answer)
+        learned = self._ids((separator if self.chat is None else self.chat.lead) + answer)
         answer_cut = len(learned) > self.max_answer_tokens
-        learned = [*learned[: self.max_answer_tokens], self.eos]
+        learned = [*learned[: self.max_answer_tokens], self.end]
         return Example((*read, *learned), len(read), prompt_cut or answer_cut)
+
+
+def encoder_for(tokenizer: Any, data: DataSection, positions: int | None) -> Encoder:
+    """Return the encoder for the rows of a recipe.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        data: lengths, truncation and format.
+        positions: the model's longest sequence, or None.
+
+    Raises:
+        UsageError: prompt and answer together exceed the model's positions, or the tokenizer has
+            no chat template and the recipe asks for it.
+    """
+    return Encoder(
+        tokenizer,
+        data.max_prompt_tokens,
+        data.max_answer_tokens,
+        data.truncate,
+        positions,
+        chat=data.format == "chat",
+    )
 
 
 def collate(examples: Sequence[Example], pad: int) -> Batch:

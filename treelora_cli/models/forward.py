@@ -44,14 +44,22 @@ def _forward_parameters(adapted: AdaptedModel) -> frozenset[str]:
     return frozenset(inspect.signature(adapted.backbone.model.forward).parameters)
 
 
-def generation_config(adapted: AdaptedModel, max_new_tokens: int) -> GenerationConfig:
-    """Greedy decoding that owes nothing to the model's own generation settings."""
+def generation_config(
+    adapted: AdaptedModel, max_new_tokens: int, stops: Sequence[int]
+) -> GenerationConfig:
+    """Greedy decoding that owes nothing to the model's own generation settings.
+
+    Args:
+        adapted: the model.
+        max_new_tokens: the longest answer.
+        stops: tokens that end an answer.
+    """
     tokenizer = adapted.backbone.tokenizer
     return GenerationConfig(
         do_sample=False,
         num_beams=1,
         max_new_tokens=max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=list(stops),
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         use_cache=True,
@@ -85,7 +93,7 @@ def generate(
     """
     encoded = [encoder.prompt(prompt)[0] for prompt in prompts]
     answers: dict[int, str] = {}
-    config = generation_config(adapted, max_new_tokens)
+    config = generation_config(adapted, max_new_tokens, encoder.stops)
     was_training = adapted.peft.training
     adapted.peft.eval()
     try:

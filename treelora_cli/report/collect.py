@@ -13,7 +13,7 @@ from typing import Any
 from treelora_cli.errors import RunDirError
 from treelora_cli.report import metrics
 from treelora_cli.report.losses import loss_curves
-from treelora_cli.report.model import SYNTHETIC, LossPoint, RunReport, TaskReport
+from treelora_cli.report.model import JOINT, SYNTHETIC, LossPoint, RunReport, TaskReport
 from treelora_cli.report.scoring import Scored, score
 from treelora_cli.report.settings import origin_of, settings_of
 from treelora_cli.report.treedoc import read_tree
@@ -67,15 +67,29 @@ def _tasks(sources: _Sources) -> tuple[TaskReport, ...]:
         if event.get("kind") == "task_finished"
     }
     rows = _rows(sources.cells, scored)
+    documents = [
+        _task_document(sources.run.task_dir(j, name)) for j, name in enumerate(scored.names)
+    ]
+    members = _members(documents)
     tasks = []
     for j, entry in enumerate(sources.info["tasks"]):
         name = scored.names[j]
-        stored = _task_document(sources.run.task_dir(j, name))
-        known = {**entry, **stored, "status": entry["status"], "rows": rows.get(name)}
+        known = {**entry, **members.get(name, {}), **documents[j]}
+        known |= {"status": entry["status"], "rows": rows.get(name)}
         known["seconds"] = {**_mapping(known.get("seconds")), **_mapping(seconds.get(name))}
         known["builtin"] = bool(sources.info["builtin_data"])
         tasks.append(_task(known, j, scored, curves.get(name, ())))
     return tuple(tasks)
+
+
+def _members(documents: Sequence[Json]) -> dict[str, Json]:
+    """Tasks that were trained at once are all described where the last of them is."""
+    return {
+        str(one["name"]): one
+        for stored in documents
+        for one in stored.get("members") or ()
+        if isinstance(one, dict) and "name" in one
+    }
 
 
 def _task_document(folder: Path) -> Json:
@@ -105,7 +119,7 @@ def _task(known: Json, j: int, scored: Scored, loss: tuple[LossPoint, ...]) -> T
         language=_text(known.get("language")),
         synthetic=synthetic,
         label=marked(name, synthetic, SYNTHETIC if known["builtin"] else "synthetic"),
-        own=scored.R[j][j] if learned else None,
+        own=scored.R[j][j] if learned and scored.mode != JOINT else None,
         final=scored.R[-1][j] if learned else None,
         zero_shot=scored.zero_shot[j],
         chance=_number(known.get("chance")),
@@ -122,7 +136,7 @@ def _rows(cells: Sequence[Cell], scored: Scored) -> dict[str, int]:
     """Test rows behind the scores of each task, the most where cells differ."""
     rows: dict[str, int] = {}
     for cell in metrics.test_cells(cells, scored.decoding):
-        if cell.adapter == scored.mode or cell.after is None:
+        if cell.adapter == scored.adapter or cell.after is None:
             rows[cell.task] = max(cell.rows, rows.get(cell.task, 0))
     return rows
 
@@ -148,10 +162,10 @@ def _report(run_path: Path, sources: _Sources, tasks: tuple[TaskReport, ...]) ->
         matrix=tuple(tuple(row) for row in R),
         op_curve=tuple(metrics.op_curve(R)),
         op=metrics.op(R),
-        bwt=metrics.bwt(R),
-        bwt_lopez_paz=metrics.bwt_lopez_paz(R),
-        forgetting=metrics.forgetting(R),
-        fwt=metrics.fwt(R, scored.zero_shot),
+        bwt=metrics.bwt(scored.history),
+        bwt_lopez_paz=metrics.bwt_lopez_paz(scored.history),
+        forgetting=metrics.forgetting(scored.history),
+        fwt=metrics.fwt(scored.history, scored.zero_shot),
         missing=tuple((clean(after), clean(task)) for after, task in scored.missing()),
         limited_cells=sum(cell.limited for cell in sources.cells),
         limited_matrix=tuple(tuple(row) for row in scored.few_rows),

@@ -1,4 +1,4 @@
-"""Line pictures: OP_n of one or several runs, and the training loss along the stream."""
+"""Line pictures: OP_n of runs or groups of runs, and the training loss along the stream."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from statistics import median
 
 from markupsafe import Markup
 
+from treelora_cli.report.groups import Group
 from treelora_cli.report.model import RunReport, TaskReport
 from treelora_cli.report.svg import Scale, element, nice_ticks, picture, text_width, tick_text
 from treelora_cli.report.words import percent
@@ -23,19 +24,62 @@ _HEIGHT = 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 42, 14, 14, 36
 
 
-def op_curves(
-    reports: Sequence[RunReport], names: Sequence[str], width: int = NARROW, only: str = ""
-) -> Markup | None:
-    """Return OP_n against n, one line per run; None before a second task or a score.
+@dataclass(frozen=True, slots=True)
+class OpCurve:
+    """One line of the OP picture, times 100.
+
+    Attributes:
+        name: what the line is called.
+        length: OP_1 … OP_length.
+        points: (n, OP_n, standard deviation) where OP_n was measured; 0.0 for a single run.
+    """
+
+    name: str
+    length: int
+    points: tuple[tuple[int, float, float], ...]
+
+
+def run_curves(reports: Sequence[RunReport], names: Sequence[str]) -> list[OpCurve]:
+    """Return the line of each run.
 
     Args:
         reports: the runs.
         names: what each is called, in the same order.
+    """
+    curves = []
+    for report, name in zip(reports, names, strict=True):
+        measured = enumerate(report.op_curve, start=1)
+        points = tuple((n, 100 * op, 0.0) for n, op in measured if op is not None)
+        curves.append(OpCurve(name, len(report.op_curve), points))
+    return curves
+
+
+def group_curves(groups: Sequence[Group]) -> list[OpCurve]:
+    """Return the line of the mean of each group, with the deviation of its runs."""
+    curves = []
+    for group in groups:
+        values = group.op_curve()
+        points = tuple(
+            (n, 100 * value.mean, 100 * (value.std or 0.0))
+            for n, value in enumerate(values, start=1)
+            if value is not None
+        )
+        curves.append(OpCurve(group.title, len(values), points))
+    return curves
+
+
+def op_curves(curves: Sequence[OpCurve], width: int = NARROW, only: str = "") -> Markup | None:
+    """Return OP_n against n; None before a second task or a score.
+
+    A line with deviations has a band of one of them to either side, and bars at its points.
+
+    Args:
+        curves: the lines.
         width: pixels.
         only: as in :func:`treelora_cli.report.svg.picture`.
     """
-    known = [100 * op for report in reports for op in report.op_curve if op is not None]
-    last = max(len(report.op_curve) for report in reports)
+    known = [op + part for c in curves for _, op, std in c.points for part in (-std, std)]
+    last = max(curve.length for curve in curves)
     if not known or last < 2:
         return None
     ticks = nice_ticks(max(0.0, min(known) - 2), min(100.0, max(known) + 2))
@@ -48,18 +92,34 @@ def op_curves(
             parts.append(_below(str(n), x(n)))
     middle = (_LEFT + width - _RIGHT) / 2
     parts.append(element("text", "tasks learned", x=middle, y=_HEIGHT - 4, class_="axis mid"))
-    for position, (report, name) in enumerate(zip(reports, names, strict=True)):
-        parts += _op_line(report, name, position % STYLES, x, y)
-    label = f"OP after each task for {', '.join(names)}"
+    for position, curve in enumerate(curves):
+        parts += _deviation(curve, position % STYLES, x, y)
+    for position, curve in enumerate(curves):
+        parts += _op_line(curve, position % STYLES, x, y)
+    label = f"OP after each task for {', '.join(curve.name for curve in curves)}"
     return picture(width, _HEIGHT, label, *parts, growth=1.2, only=only)
 
 
-def _op_line(report: RunReport, name: str, style: int, x: Scale, y: Scale) -> list[Markup]:
-    points = [(n, 100 * op) for n, op in enumerate(report.op_curve, start=1) if op is not None]
-    parts = [_line([(x(n), y(op)) for n, op in points], f"line s{style}")]
-    for n, op in points:
-        tip = f"{name}, OP after {n}: {percent(op / 100)}"
+def _op_line(curve: OpCurve, style: int, x: Scale, y: Scale) -> list[Markup]:
+    parts = [_line([(x(n), y(op)) for n, op, _ in curve.points], f"line s{style}")]
+    for n, op, std in curve.points:
+        deviation = f" ± {percent(std / 100)}" if std else ""
+        tip = f"{curve.name}, OP after {n}: {percent(op / 100)}{deviation}"
         parts.append(marker(x(n), y(op), style, tip))
+    return parts
+
+
+def _deviation(curve: OpCurve, style: int, x: Scale, y: Scale) -> list[Markup]:
+    """The band of a line and the bars at its points; scores end at 0 and 100, so do these."""
+    if not any(std for _, _, std in curve.points):
+        return []
+    ends = [(x(n), y(min(100.0, op + std)), y(max(0.0, op - std))) for n, op, std in curve.points]
+    outline = [(at, high) for at, high, _ in ends] + [(at, low) for at, _, low in ends[::-1]]
+    corners = " ".join(f"{at:.1f},{height:.1f}" for at, height in outline)
+    parts = [element("polygon", points=corners, class_=f"spread s{style}")]
+    for at, high, low in ends:
+        beam = f"M{at - 4:.1f} {high:.1f}h8M{at - 4:.1f} {low:.1f}h8M{at:.1f} {high:.1f}V{low:.1f}"
+        parts.append(element("path", d=beam, class_=f"bar s{style}"))
     return parts
 
 

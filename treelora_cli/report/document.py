@@ -5,15 +5,50 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from treelora_cli.report.groups import Group, Spread, grouped
+from treelora_cli.report.metrics import DEFINITIONS
 from treelora_cli.report.model import RunReport, TaskReport
 
 Json = dict[str, Any]
 
 
-def document(reports: Sequence[RunReport]) -> Json:
-    """Return the document: one run is an object, several are ``{"runs": [...]}``."""
+def document(reports: Sequence[RunReport], listed: bool = False) -> Json:
+    """Return the document: one run is an object, several are ``{"runs": […], "groups": […]}``.
+
+    Args:
+        reports: the runs.
+        listed: give a single run as a list too, so that the form does not hang on their number.
+    """
     runs = [_run(report) for report in reports]
-    return runs[0] if len(runs) == 1 else {"runs": runs}
+    if len(runs) == 1 and not listed:
+        return runs[0]
+    return {"runs": runs, "groups": [_group(group) for group in grouped(reports)]}
+
+
+def _group(group: Group) -> Json:
+    first = group.first
+    return {
+        "name": group.name,
+        "method": first.method,
+        "model": first.model,
+        "synthetic": group.synthetic,
+        "adapter_mode": first.mode,
+        "tasks_learned": first.learned,
+        "n": group.n,
+        "seeds": [run.seed for run in group.counted],
+        "runs": [run.path for run in group.counted],
+        "left_out": [run.path for run in group.left_out],
+        **{key: _spread(group.number(key)) for key in DEFINITIONS},
+        "op_curve": [_spread(value) for value in group.op_curve()],
+        "tasks": [
+            {"name": name, "final": _spread(final)} for name, final in group.finals().items()
+        ],
+    }
+
+
+def _spread(value: Spread | None) -> Json | None:
+    """The sample standard deviation of one run is null."""
+    return None if value is None else {"mean": value.mean, "std": value.std, "n": value.n}
 
 
 def _run(report: RunReport) -> Json:

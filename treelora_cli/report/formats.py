@@ -12,10 +12,12 @@ SUFFIXES = {
     ".md": "md",
     ".markdown": "md",
     ".json": "json",
+    ".csv": "csv",
+    ".tex": "latex",
     ".txt": "text",
     ".text": "text",
 }
-FORMATS = ("html", "md", "json", "text")
+FORMATS = ("html", "md", "json", "csv", "latex", "text")
 
 
 def choose(wanted: str | None, out: Path | None) -> str:

@@ -50,6 +50,12 @@ class Group:
         return self.counted[0]
 
     @property
+    def left_out(self) -> list[RunReport]:
+        """The runs that do not enter the numbers."""
+        counted = {id(run) for run in self.counted}
+        return [run for run in self.runs if id(run) not in counted]
+
+    @property
     def n(self) -> int:
         """How many runs enter the numbers."""
         return len(self.counted)
@@ -188,9 +194,7 @@ def group_notices(groups: Sequence[Group]) -> list[str]:
         behind = [run.path for run in group.runs if run.learned < group.first.learned]
         if behind:
             found.append(f"{group.name}: not as far as the others, left out: {', '.join(behind)}")
-        counted = {id(run) for run in group.counted}
-        twice = [run.path for run in group.runs if id(run) not in counted]
-        twice = [path for path in twice if path not in behind]
+        twice = [run.path for run in group.left_out if run.path not in behind]
         if twice:
             found.append(
                 f"{group.name}: a seed that is there already, left out: {', '.join(twice)}"

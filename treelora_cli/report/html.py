@@ -8,8 +8,18 @@ from functools import cache
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from treelora_cli.report import groups as seeds
 from treelora_cli.report import words
-from treelora_cli.report.curves import NARROW, STYLES, WIDE, key, loss_curve, op_curves
+from treelora_cli.report.curves import (
+    NARROW,
+    STYLES,
+    WIDE,
+    group_curves,
+    key,
+    loss_curve,
+    op_curves,
+    run_curves,
+)
 from treelora_cli.report.dendrogram import dendrogram
 from treelora_cli.report.heatmap import heatmap
 from treelora_cli.report.kept import kept
@@ -48,6 +58,13 @@ def _environment() -> Environment:
         "loss_curve": loss_curve,
         "dendrogram": dendrogram,
         "op_curves": op_curves,
+        "run_curves": run_curves,
+        "group_curves": group_curves,
+        "group_finals": seeds.final_rows,
+        "group_numbers": seeds.printed,
+        "plus_minus": seeds.plus_minus,
+        "explained": seeds.explained,
+        "marked": words.marked,
         "key": lambda position: key(position % STYLES),
         "narrow_width": NARROW,
         "wide_width": WIDE,
@@ -62,13 +79,15 @@ def html(reports: Sequence[RunReport]) -> str:
     Args:
         reports: one run, or several to compare before each is shown.
     """
+    groups = seeds.grouped(reports)
     page = (
         _environment()
         .get_template("report.html.j2")
         .render(
             reports=reports,
             names=words.legends(reports),
-            notices=words.notices(reports),
+            groups=groups if seeds.repeated(groups) else [],
+            notices=[*words.notices(reports), *seeds.group_notices(groups)],
             title=_title(reports),
         )
     )

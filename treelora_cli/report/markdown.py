@@ -5,6 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
+from treelora_cli.report.groups import (
+    Group,
+    explained,
+    final_rows,
+    group_notices,
+    grouped,
+    plus_minus,
+    printed,
+    repeated,
+)
 from treelora_cli.report.metrics import DEFINITIONS
 from treelora_cli.report.model import RunReport
 from treelora_cli.report.words import (
@@ -41,7 +51,12 @@ def markdown(reports: Sequence[RunReport]) -> str:
     else:
         title = f"{len(reports)} runs compared"
         blocks.append(f"# {marked(title, any(report.synthetic for report in reports))}")
-    blocks += [f"> {escaped(notice)}" for notice in notices(reports)]
+    groups = grouped(reports)
+    said = [*notices(reports), *group_notices(groups)]
+    blocks += [f"> {escaped(notice)}" for notice in said]
+    if repeated(groups):
+        blocks += [*_seeds(groups), _definitions(), "## Every run", _comparison(reports)]
+        return "\n\n".join(block for block in blocks if block) + "\n"
     if len(reports) > 1:
         blocks += [_comparison(reports), _definitions(), *_finals(reports)]
     for report in reports:
@@ -86,6 +101,24 @@ def _finals(reports: Sequence[RunReport]) -> list[str]:
     head = ["task", *(escaped(name) for name in legends(reports))]
     rows = [[escaped(task), *map(percent, scores)] for task, scores in finals(reports)]
     return ["## Final score on each task", table(head, rows)]
+
+
+def _seeds(groups: Sequence[Group]) -> Iterator[str]:
+    yield f"Scores × 100 on the full test split: {explained(groups)}."
+    rows = [
+        [
+            escaped(marked(group.name, group.synthetic)),
+            str(group.n),
+            *printed(group).values(),
+        ]
+        for group in groups
+    ]
+    yield table(["method", "n", *HEADS.values()], rows)
+    yield "## Final score on each task"
+    head = ["task", *(escaped(group.title) for group in groups)]
+    yield table(
+        head, [[escaped(task), *map(plus_minus, scores)] for task, scores in final_rows(groups)]
+    )
 
 
 def _definitions() -> str:

@@ -9,6 +9,10 @@ SYNTHETIC = "built-in, synthetic"
 """How everything that ships with the package is marked wherever it is named."""
 
 
+JOINT = "joint"
+"""The mode of a run that trains all its tasks at once."""
+
+
 @dataclass(frozen=True, slots=True)
 class LossPoint:
     """The training loss at one optimizer step.
@@ -140,6 +144,11 @@ class RunReport:
     def synthetic(self) -> bool:
         """True when the model or any task is built in or generated."""
         return self.builtin_base or self.builtin_data or any(t.synthetic for t in self.tasks)
+
+    @property
+    def joint(self) -> bool:
+        """True where all tasks were learned at once: R has a last row and no others."""
+        return self.mode == JOINT
 
     def at_a_glance(self) -> RunReport | None:
         """The same run with the scores of few rows in the matrix, to look at; None without."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from treelora_cli.report import metrics
+from treelora_cli.report.model import JOINT
 
 ZERO_SHOT = "zero shot"
 LEARNED = ("trained", "finished")
@@ -38,8 +39,22 @@ class Scored:
         """How many tasks the numbers cover."""
         return len(self.R)
 
+    @property
+    def adapter(self) -> str:
+        """The adapter of the cells that make R."""
+        return answering(self.mode)
+
+    @property
+    def history(self) -> list[list[float | None]]:
+        """The rows that tell of transfer and forgetting; none where all is learned at once."""
+        return [] if self.mode == JOINT else self.R
+
     def missing(self) -> list[tuple[str, str]]:
         """Places (after, task) that OP_n, BWT, forgetting or FWT needs and that are empty."""
+        if self.mode == JOINT:
+            last = self.R[-1] if self.R else []
+            after = f"after {self.names[-1]}"
+            return [(after, self.names[j]) for j, cell in enumerate(last) if cell is None]
         found = [
             (ZERO_SHOT, self.names[j])
             for j in range(1, self.learned)
@@ -50,6 +65,11 @@ class Scored:
             needed = range(i, i + 1) if self.mode == "own" else range(min(i + 2, self.learned))
             found += [(f"after {self.names[i]}", self.names[j]) for j in needed if row[j] is None]
         return found
+
+
+def answering(mode: str) -> str:
+    """Return the adapter whose cells a mode counts."""
+    return "latest" if mode == JOINT else mode
 
 
 def score(
@@ -68,16 +88,21 @@ def score(
     """
     names = [str(entry["name"]) for entry in entries]
     if decoding is None:
-        of_mode = [cell for cell in metrics.test_cells(cells) if cell.adapter == mode]
+        of_mode = [cell for cell in metrics.test_cells(cells) if cell.adapter == answering(mode)]
         decoding = metrics.most_common_decoding(of_mode)
-    R = metrics.matrix_from_scores(cells, names, mode, decoding)
+    R = metrics.matrix_from_scores(cells, names, answering(mode), decoding)
     zero_shot = metrics.zero_shot_from_scores(cells, names, decoding)
-    learned = _learned(entries, R)
+    learned = _learned_at_once(entries) if mode == JOINT else _learned(entries, R)
     limited: list[list[float | None]] = []
     if not any(score is not None for row in R for score in row):
-        limited = metrics.matrix_from_scores(cells, names, mode, limited=True)[:learned]
+        limited = metrics.matrix_from_scores(cells, names, answering(mode), limited=True)
+        limited = limited[:learned]
         limited *= any(score is not None for row in limited for score in row)
     return Scored(names, R[:learned], zero_shot, mode, decoding, limited)
+
+
+def _learned_at_once(entries: Sequence[Mapping[str, Any]]) -> int:
+    return len(entries) if all(entry.get("status") in LEARNED for entry in entries) else 0
 
 
 def _learned(entries: Sequence[Mapping[str, Any]], R: metrics.Matrix) -> int:

@@ -19,7 +19,7 @@ class _PlainLoader(yaml.SafeLoader):
     """PyYAML's safe loader without aliases, which could make a small file huge in memory."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):  # type: ignore[no-untyped-call]
+        if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("an alias")
         return super().compose_node(parent, index)
 
@@ -38,7 +38,7 @@ def settings_of(recipe: str) -> dict[str, str]:
     except (yaml.YAMLError, ValueError, RecursionError):
         return {"recipe": recipe}
     finally:
-        loader.dispose()  # type: ignore[no-untyped-call]
+        loader.dispose()
     if not isinstance(document, dict):
         return {"recipe": recipe}
     found = _flat(document, "")

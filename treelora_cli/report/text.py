@@ -223,7 +223,8 @@ def _matrix_part(report: RunReport, columns: range) -> Table:
         table.add_column(f"{j + 1} ", justify="right", no_wrap=True, min_width=6)
     for i, row in enumerate(report.matrix):
         cells = [row[j] for j in columns]
-        if i >= columns.start or any(score is not None for score in cells):
+        measured = any(score is not None for score in cells)
+        if measured or (i >= columns.start and not report.joint):
             printed = [_cell(score, i, j) for j, score in zip(columns, cells, strict=True)]
             table.add_row(Text(str(i + 1)), Text(report.tasks[i].name), *printed)
     return table

@@ -40,18 +40,23 @@ def read_tree(path: Path) -> Json | None:
 
 def caption(info: RunInfo, document: Json) -> str:
     """One line that says whose tree this is and what it was made from."""
+    return "; ".join(facts(info, document))
+
+
+def facts(info: RunInfo, document: Json) -> list[str]:
+    """Whose tree this is, what it was made from and how it was split, one text for each."""
     tasks = document["tasks"]
     who = marked(
         f"{clean(info.method)} on {marked(clean(info.model), info.builtin_base)}",
         info.builtin_data and not info.builtin_base,
     )
-    facts = [f"{who}, after {tasks[-1]} ({len(tasks)} task{'s' * (len(tasks) != 1)})"]
+    found = [f"{who}, after {tasks[-1]} ({len(tasks)} task{'s' * (len(tasks) != 1)})"]
     signature = document.get("signature")
     if isinstance(signature, dict) and signature.get("kind"):
-        facts.append(f"signature {signature['kind']} over {signature.get('blocks')} blocks")
+        found.append(f"signature {signature['kind']} over {signature.get('blocks')} blocks")
     if document.get("split"):
-        facts.append(f"split {document['split']}, block rule {document.get('block_rule')}")
-    return "; ".join(facts)
+        found.append(f"split {document['split']}, block rule {document.get('block_rule')}")
+    return found
 
 
 def problem(document: Json) -> str:

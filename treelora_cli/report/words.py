@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from treelora_cli.report.model import SYNTHETIC, RunReport
 
 NOT_MEASURED = "—"
+NOT_DEFINED = "n/a"
 LIMITED = "Scores on the few rows of --limit: to look at, they enter no number"
 
 HEADS = {
@@ -79,6 +80,8 @@ def signed(value: float | None, digits: int = 2) -> str:
 
 def values(report: RunReport) -> dict[str, str]:
     """The five numbers as printed, by key; a difference carries its sign."""
+    if report.joint:
+        return dict.fromkeys(HEADS, NOT_DEFINED) | {"op": percent(report.op)}
     return {
         "op": percent(report.op),
         "bwt": signed(report.bwt),
@@ -164,6 +167,11 @@ def notices(reports: Sequence[RunReport]) -> list[str]:
         if report.status != "finished":
             found.append(
                 f"{prefix}this run is not finished ({report.status}); numbers are {covers(report)}"
+            )
+        if report.joint:
+            found.append(
+                f"{prefix}all tasks were learned at once: BWT, forgetting and FWT are not defined "
+                f"({NOT_DEFINED})"
             )
         if report.limited_cells:
             many = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from treelora_cli.tasks.catalog_data import KNOWN, TaskInfo
 from treelora_cli.tasks.types import SPLITS, Row
@@ -61,9 +62,7 @@ def resolve(
 def _with_labels(info: TaskInfo, labels: tuple[str, ...] | None) -> TaskInfo:
     if labels is None or labels == info.labels:
         return info
-    return TaskInfo(
-        info.metric, info.language, info.max_answer_tokens, labels, info.reading, info.benchmark
-    )
+    return replace(info, labels=labels)
 
 
 def guess(name: str, answers: Sequence[str]) -> tuple[TaskInfo, list[str]]:

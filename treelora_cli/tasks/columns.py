@@ -85,7 +85,9 @@ def parse_columns(text: str) -> Columns:
     for part in text.split(","):
         key, equals, column = (piece.strip() for piece in part.partition("="))
         if not equals or not column:
-            raise UsageError(f"--columns {text!r}: {part.strip()!r} is not of the form KEY=COLUMN", hint)
+            raise UsageError(
+                f"--columns {text!r}: {part.strip()!r} is not of the form KEY=COLUMN", hint
+            )
         if key not in _KEYS:
             raise UsageError(f"--columns: unknown key {key!r}", did_you_mean(key, list(_KEYS)))
         if key in given:

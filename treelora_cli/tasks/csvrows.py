@@ -1,7 +1,7 @@
 """Strict reading of CSV and TSV: every value stays the text it is in the file.
 
-Libraries for tables guess types, and an answer ``1.50`` becomes ``1.5``; here nothing is guessed but
-the delimiter.
+Libraries for tables guess types, and an answer ``1.50`` becomes ``1.5``; here nothing is guessed
+but the delimiter.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 
+from treelora_cli.conversation import Conversation
 from treelora_cli.tasks.types import SPLITS, Row
 
 
@@ -44,4 +45,9 @@ def fingerprint(
         for row in rows:
             put(row.prompt)
             put(row.answer)
+            if isinstance(row.prompt, Conversation):
+                digest.update(b"turns%d;" % len(row.prompt.turns))
+                for turn in row.prompt.turns:
+                    put(turn.role)
+                    put(turn.text)
     return digest.hexdigest()

@@ -154,19 +154,24 @@ def _explained(source: DatasetId, error: Exception) -> TreeloraError:
     return DataError(f"{source}: cannot be loaded: {reason[:300]}", _hint(error, reason))
 
 
+_HINTS = (
+    (
+        r"OfflineModeIsEnabled",
+        "HF_HUB_OFFLINE is set and the data set is not in the cache: unset it, or give a folder",
+    ),
+    (
+        r"Gated|Unauthorized|\b40[13]\b|private",
+        "log in with `hf auth login` (or set HF_TOKEN) and accept the terms on its page",
+    ),
+    (r"ConnectionError|reach", "check the network, or give a folder that holds the data"),
+    (r"Config name is missing|BuilderConfig", f"name a configuration: {_FORM}"),
+    (r"scripts are no longer", "code of a data set's own is never run: convert it to Parquet"),
+    (r"NotFound|doesn't exist|\b404\b", f"check the id, the revision and your access: {_FORM}"),
+)
+
+
 def _hint(error: Exception, reason: str) -> str:
-    kinds = {kind.__name__ for kind in type(error).__mro__}
-    causes = f"{' '.join(kinds)} {type(error.__cause__).__name__} {reason}"
-    if "OfflineModeIsEnabled" in causes:
-        return "HF_HUB_OFFLINE is set and the data set is not in the cache: unset it, or give a folder"
-    if re.search(r"Gated|Unauthorized|\b40[13]\b|private", causes):
-        return "log in with `hf auth login` (or set HF_TOKEN) and accept the terms on its page"
-    if re.search(r"NotFound|doesn't exist|\b404\b|revision", causes, re.IGNORECASE):
-        return f"check the id, the revision and your access: {_FORM}"
-    if "ConnectionError" in causes or "reach" in reason:
-        return "check the network, or give a folder that holds the data"
-    if "Config name is missing" in reason or "BuilderConfig" in reason:
-        return f"name a configuration: {_FORM}"
-    if "scripts are no longer supported" in reason:
-        return "code of a data set's own is never run: convert it to Parquet first"
-    return f"the form is {_FORM}"
+    kinds = [kind.__name__ for kind in type(error).__mro__]
+    story = f"{' '.join(kinds)} {type(error.__cause__).__name__} {reason}"
+    found = (hint for pattern, hint in _HINTS if re.search(pattern, story))
+    return next(found, f"the form is {_FORM}")

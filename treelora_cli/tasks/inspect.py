@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +38,53 @@ def prompt_keys(rows: Iterable[Row]) -> list[str]:
     return [" ".join(row.prompt.lower().split()) for row in rows]
 
 
-def leaks(tasks: Sequence[Task]) -> list[str]:
-    """Say which test prompts of a task are training prompts of another one."""
-    trained = {task.name: set(prompt_keys(task.splits["train"])) for task in tasks}
-    found: list[str] = []
-    for task in tasks:
-        tested = prompt_keys(task.splits["test"])
-        for other, prompts in trained.items():
-            count = sum(key in prompts for key in tested) if other != task.name else 0
-            if count:
-                found.append(
-                    f"{count} test prompts of {task.name} are in the train rows of {other}"
-                )
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """Prompts that two tasks have in common.
+
+    Attributes:
+        task: one task.
+        split: its split.
+        other: the other task.
+        other_split: its split.
+        rows: rows of the first whose prompt is among those of the second.
+    """
+
+    task: str
+    split: str
+    other: str
+    other_split: str
+    rows: int
+
+    def __str__(self) -> str:
+        """Say it in one line."""
+        return (
+            f"{self.rows} {self.split} prompts of {self.task} are in the {self.other_split} rows "
+            f"of {self.other}"
+        )
+
+
+def shared_prompts(tasks: Sequence[Task]) -> list[Shared]:
+    """Find evaluation prompts that another task trains on, and training prompts in two tasks.
+
+    Args:
+        tasks: in the order of the stream; the later of two tasks is named first where both train
+            on the same prompts.
+    """
+    keys = {
+        (task.name, split): prompt_keys(task.splits.get(split, ()))
+        for task in tasks
+        for split in SPLITS
+    }
+    trained = {task.name: set(keys[task.name, "train"]) for task in tasks}
+    found: list[Shared] = []
+    for at, task in enumerate(tasks):
+        for before, other in enumerate(tasks):
+            splits = ["test", "eval", *(["train"] if before < at else [])]
+            for split in splits if before != at else []:
+                rows = sum(key in trained[other.name] for key in keys[task.name, split])
+                if rows:
+                    found.append(Shared(task.name, split, other.name, "train", rows))
     return found
 
 

@@ -207,19 +207,17 @@ def _keep(where: Place, value: object, records: list[Record], problems: Problems
 
 def describe(value: object) -> str:
     """Say in a few words what a JSON value is."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true" if value else "false"
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
     if isinstance(value, NumberText):
         return f"the number {value[:20]}"
-    if isinstance(value, float):
-        return str(value)
     if isinstance(value, str):
         return f"{value[:20]!r}" if value.strip() else "empty text"
-    if isinstance(value, dict):
-        return "an object"
-    return "a list" if isinstance(value, list) else f"a value of type {type(value).__name__}"
+    if isinstance(value, float):
+        return str(value)
+    if isinstance(value, list | dict):
+        return "a list" if isinstance(value, list) else "an object"
+    return f"a value of type {type(value).__name__}"
 
 
 def text_of(record: Record, name: str, problems: Problems, *, numbers: bool = False) -> str | None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from treelora_cli.errors import DataError, UsageError, did_you_mean
-from treelora_cli.tasks import read_cl, read_plain, read_prepared, read_trace
+from treelora_cli.tasks import read_cl, read_dataset, read_plain, read_prepared, read_trace
+from treelora_cli.tasks.catalog import lookup
 from treelora_cli.tasks.layouts import Found, detect
-from treelora_cli.tasks.problems import Problems
+from treelora_cli.tasks.problems import OnBadRow, Problems
 from treelora_cli.tasks.source import (
     CL_BENCHMARK,
+    DATASET,
     PLAIN,
     PREPARED,
     TRACE,
@@ -29,13 +32,16 @@ _READERS: dict[str, Reader] = {
     TRACE: read_trace.read,
     CL_BENCHMARK: read_cl.read,
     PLAIN: read_plain.read,
+    DATASET: read_dataset.read,
     PREPARED: read_prepared.read,
 }
 _MOST_CLASSES = 50
 
+log = logging.getLogger("treelora")
 
-def available(data: Path | None) -> list[str]:
-    """Return the names of the tasks in a data folder, or of the built-in ones.
+
+def available(data: Path | str | None) -> list[str]:
+    """Return the names of the tasks in a place of data, or of the built-in ones.
 
     Raises:
         DataError: the folder holds no task.
@@ -47,18 +53,21 @@ def available(data: Path | None) -> list[str]:
     return list(detect(data).tasks)
 
 
-def load_tasks(names: Sequence[str], data: Path | None) -> list[Task]:
-    """Load tasks, in the order given.
+def load_tasks(names: Sequence[str], data: Path | str | None) -> list[Task]:
+    """Load the tasks of a stream, in the order given; what was guessed is logged as information.
 
     Args:
         names: the tasks' names.
-        data: the data folder; None means the built-in miniature tasks.
+        data: a folder, a file or ``hf:ORG/NAME``; None means the built-in miniature tasks.
 
     Raises:
-        UsageError: a name that is unknown, given twice or not allowed as a task name.
+        UsageError: a name that is unknown, given twice or not allowed as a task name, or data that
+            have no score.
         DataError: rows or files that cannot be used; the first ten problems are listed.
+        EnvironmentProblem: a package that reads this format is not installed.
     """
     check_names(names)
+    _refuse_unscored(names)
     if data is None:
         from treelora_cli.tasks import miniature
 
@@ -67,19 +76,34 @@ def load_tasks(names: Sequence[str], data: Path | None) -> list[Task]:
             if name not in known:
                 raise UsageError(f"no built-in task {name!r}", did_you_mean(name, known))
         return [miniature.load(name) for name in names]
-    return [loaded.task for loaded in load_found(detect(data), names)]
+    loaded = load_found(detect(data), names)
+    for note in (note for one in loaded for note in one.notes):
+        log.info("%s", note)
+    return [one.task for one in loaded]
 
 
-def load_found(found: Found, names: Sequence[str]) -> list[Loaded]:
-    """Load tasks of a folder with the story of how each was read.
+def _refuse_unscored(names: Sequence[str]) -> None:
+    for name in names:
+        info = lookup(name)
+        if info is not None and info.replay_only:
+            raise UsageError(
+                f"{name} is for replay only: it has no metric and can be no task of a stream",
+                "leave it out; to train on it all the same, give the data another name",
+            )
+
+
+def load_found(found: Found, names: Sequence[str], on_bad_row: OnBadRow = "error") -> list[Loaded]:
+    """Load tasks with the story of how each was read.
 
     Args:
         found: what ``detect`` found.
         names: the tasks' names.
+        on_bad_row: ``error``, or leave rows that cannot be used out, for ``Loaded.bad_rows``.
 
     Raises:
         UsageError: a name that is unknown, given twice or not allowed as a task name.
         DataError: rows or files that cannot be used; the first ten problems are listed.
+        EnvironmentProblem: a package that reads this format is not installed.
     """
     check_names(names)
     for name in names:
@@ -89,25 +113,29 @@ def load_found(found: Found, names: Sequence[str]) -> list[Loaded]:
                 if Path(place).stem == name:
                     hint = f"{place} was passed over: {reason}"
             raise UsageError(f"no task {name!r} in {found.root}", hint)
-    problems = Problems()
+    problems = Problems(on_bad_row)
     loaded = [_read(found.tasks[name], problems) for name in names]
     problems.raise_if_any()
     return [task for task in loaded if task is not None]
 
 
 def _read(source: TaskSource, problems: Problems) -> Loaded | None:
-    needed = {"train", "test"} if source.layout == PLAIN else set(SPLITS)
+    needed = {PLAIN: {"train", "test"}, DATASET: set()}.get(source.layout, set(SPLITS))
     missing = [] if WHOLE in source.files else sorted(needed - set(source.files))
     for split in missing:
         problems.add(source.place, f"no {split} file, expected train, eval and test")
     if missing:
         return None
+    left_out = len(problems.bad_rows)
     try:
-        return _READERS[source.layout](source, problems)
+        loaded = _READERS[source.layout](source, problems)
     except DataError as error:
         # One unreadable file is one problem among others of the same run.
         problems.add(*_parts(error), hint=error.hint)
         return None
+    if loaded is None:
+        return None
+    return dataclasses.replace(loaded, bad_rows=problems.bad_rows[left_out:])
 
 
 def _parts(error: DataError) -> tuple[str, str]:

@@ -47,12 +47,16 @@ def read(source: TaskSource, problems: Problems) -> Loaded | None:
         tables["test"] = tables.pop("eval")
         notes.append(f"{source.name}: no test split with answers, the evaluation split is the test")
     elif WHOLE not in tables and not {"train", "test"} <= set(tables):
-        problems.add(source.dataset, f"found the splits {', '.join(found)}, expected train and test")
+        problems.add(
+            source.dataset, f"found the splits {', '.join(found)}, expected train and test"
+        )
         return None
     if commit and source.dataset.revision is None:
-        notes.append(f"{source.name}: read at revision {commit}; name it to get the same rows again")
-    place = replace(source, place=f"{source.dataset}{f' at {commit}' if commit else ''}")
-    return assemble(place, tables, problems, notes)
+        notes.append(
+            f"{source.name}: read at revision {commit}; name it to get the same rows again"
+        )
+    at = f" at {commit}" if commit else ""
+    return assemble(replace(source, place=f"{source.place}{at}"), tables, problems, notes)
 
 
 def _labelled(table: Table, source: TaskSource) -> bool:

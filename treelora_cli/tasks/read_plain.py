@@ -1,56 +1,23 @@
-"""Reader of plain JSON and JSON lines: one file a task, or a folder with one file a split.
+"""Reader of plain tables: one file a task, or a folder with one file a split, in any format.
 
-The columns may be called prompt/answer, prompt/completion, instruction(+input)/output,
-input/output, question/answer or text/label. One file is split by a hash of its prompts; a
-missing evaluation split is taken from the training rows in the same way. Both are reported.
+Columns are found by their names (``treelora_cli.tasks.columns``) or named by the user. One file is
+split by a hash of its prompts; a missing evaluation split is taken from the training rows in the
+same way. Both are reported.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
-from treelora_cli.tasks.jsonrows import Record, describe, read_records, text_of
+from treelora_cli.tasks.columns import Columns, columns_of, expected_columns, row_of
 from treelora_cli.tasks.problems import Problems
 from treelora_cli.tasks.source import WHOLE, Loaded, TaskSource, build
+from treelora_cli.tasks.tables import Table, read_table
 from treelora_cli.tasks.types import Row
 
 SPLIT_SEED = 1234
 _SHARE = 0.1
-
-
-@dataclass(frozen=True, slots=True)
-class Columns:
-    """Which fields hold the prompt and the answer; ``extra`` is joined to the prompt if filled."""
-
-    prompt: str
-    answer: str
-    extra: str = ""
-
-    def __str__(self) -> str:
-        """Say the mapping in one line."""
-        prompt = f"{self.prompt} (+ {self.extra})" if self.extra else self.prompt
-        return f"{prompt} -> prompt, {self.answer} -> answer"
-
-
-KNOWN_COLUMNS = (
-    Columns("prompt", "answer"),
-    Columns("prompt", "completion"),
-    Columns("instruction", "output", extra="input"),
-    Columns("input", "output"),
-    Columns("question", "answer"),
-    Columns("text", "label"),
-)
-
-
-def columns_of(names: Sequence[str]) -> Columns | None:
-    """Return the first known pair of columns that a row with these fields has."""
-    for columns in KNOWN_COLUMNS:
-        if columns.prompt in names and columns.answer in names:
-            extra = columns.extra if columns.extra in names else ""
-            return Columns(columns.prompt, columns.answer, extra)
-    return None
 
 
 def read(source: TaskSource, problems: Problems) -> Loaded | None:
@@ -60,45 +27,70 @@ def read(source: TaskSource, problems: Problems) -> Loaded | None:
         source: a task whose ``files`` name its splits (``eval`` may be missing) or one file
             under ``all``.
         problems: takes what is wrong with the rows.
+
+    Raises:
+        DataError: a file cannot be read at all.
+        EnvironmentProblem: Parquet or Arrow without the package that reads them.
+    """
+    tables = {split: read_table(path, problems) for split, path in source.files.items()}
+    return assemble(source, tables, problems, [])
+
+
+def assemble(
+    source: TaskSource, tables: Mapping[str, Table], problems: Problems, notes: Sequence[str]
+) -> Loaded | None:
+    """Make a task of tables; None where ``problems`` took something.
+
+    Args:
+        source: the task.
+        tables: one for each split (``eval`` may be missing), or one under ``all``.
+        problems: takes what is wrong with the rows.
+        notes: what the reader has to say already.
     """
     before = len(problems)
-    records = {split: read_records(path, problems) for split, path in source.files.items()}
-    first = next((found[0] for found in records.values() if found), None)
-    columns = columns_of(list(first.fields)) if first is not None else None
-    if first is not None and columns is None:
-        pairs = ", ".join(f"{known.prompt}/{known.answer}" for known in KNOWN_COLUMNS)
-        names = ", ".join(map(repr, list(first.fields)[:8]))
-        problems.add(first.where, f"columns: found {names}; expected one of {pairs}")
+    columns = _choose(source, tables, problems)
     if columns is None:
-        if len(problems) == before:
-            problems.add(source.place, "found no rows, expected at least one")
         return None
-    read_rows = {split: _rows(found, columns, problems) for split, found in records.items()}
-    for split, rows in read_rows.items():
-        if not rows and len(problems) == before:
-            problems.add(str(source.files[split]), "found no rows, expected at least one")
-    splits, notes = _three_splits(source, read_rows, problems)
+    read_rows: dict[str, tuple[Row, ...]] = {}
+    cut = 0
+    for split, table in tables.items():
+        made = [row_of(record, columns, problems) for record in table.records]
+        read_rows[split] = tuple(pair[0] for pair in made if pair is not None)
+        cut += sum(pair[1] > 0 for pair in made if pair is not None)
+        if not read_rows[split] and len(problems) == before:
+            problems.add(table.place, "found no rows, expected at least one")
+    splits, more = _three_splits(source, read_rows, problems)
     if len(problems) > before:
         return None
-    separator, note = guess_separator([row.prompt for row in splits["train"]])
-    notes.append(f"{source.name}: {note}")
-    return build(source, splits, mapped=str(columns), separator=separator, notes=notes)
+    if cut:
+        more.append(
+            f"{source.name}: {cut} conversations go on after the last assistant turn: cut there"
+        )
+    labels = next(
+        (found for table in tables.values() if (found := table.classes.get(columns.answer))), None
+    )
+    return build(
+        source, splits, mapped=str(columns), separator=None, labels=labels, notes=[*notes, *more]
+    )
 
 
-def _rows(records: Sequence[Record], columns: Columns, problems: Problems) -> tuple[Row, ...]:
-    rows: list[Row] = []
-    for record in records:
-        prompt = text_of(record, columns.prompt, problems)
-        answer = text_of(record, columns.answer, problems, numbers=True)
-        extra = record.fields.get(columns.extra, "") if columns.extra else ""
-        if extra is None:
-            extra = ""
-        if not isinstance(extra, str):
-            problems.add(record.where, f"{columns.extra}: found {describe(extra)}, expected text")
-            continue
-        if prompt is not None and answer is not None:
-            rows.append(Row(f"{prompt}\n{extra}" if extra.strip() else prompt, answer))
-    return tuple(rows)
+def _choose(source: TaskSource, tables: Mapping[str, Table], problems: Problems) -> Columns | None:
+    """Return the columns to use, or None after noting that there are none."""
+    filled = [table for table in tables.values() if table.records]
+    if not filled:
+        if not len(problems):
+            problems.add(source.place, "found no rows, expected at least one")
+        return None
+    names = list(dict.fromkeys(name for table in filled for name in table.columns()))
+    columns = source.columns or columns_of(names)
+    if columns is not None and all(name in names for name in columns.needed):
+        return columns
+    listing = ", ".join(map(repr, names[:8]))
+    wanted = " and ".join(columns.needed) if columns else f"one of {expected_columns()}"
+    hint = "name them: treelora prepare --columns prompt=COLUMN,answer=COLUMN"
+    what = f"columns: found {listing}; expected {wanted}"
+    problems.add(filled[0].records[0].where, what, hint)
+    return None
 
 
 def _three_splits(
@@ -149,14 +141,3 @@ def split_by_hash(rows: Sequence[Row], held_out: Sequence[str]) -> dict[str, tup
         name: tuple(row for row in rows if part.get(row.prompt, "train") == name)
         for name in ("train", *held_out)
     }
-
-
-def guess_separator(prompts: Sequence[str]) -> tuple[str, str]:
-    """Return the text to put between prompt and answer, and a note that says why.
-
-    Nothing where every prompt ends in white space or in a script written without spaces,
-    one space otherwise.
-    """
-    if all(prompt[-1].isspace() or prompt[-1] >= "\u2e80" for prompt in prompts):
-        return "", "no separator between prompt and answer: the prompts end in one"
-    return " ", "one space put between prompt and answer"

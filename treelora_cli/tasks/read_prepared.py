@@ -10,13 +10,21 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from treelora_cli.conversation import Conversation
 from treelora_cli.errors import DataError
+from treelora_cli.tasks.dialogues import read_turns
 from treelora_cli.tasks.fingerprint import fingerprint
-from treelora_cli.tasks.jsonrows import Fields, NumberText, describe, parse_json
+from treelora_cli.tasks.jsonrows import (
+    Fields,
+    NumberText,
+    describe,
+    parse_json,
+    read_records,
+    text_of,
+)
 from treelora_cli.tasks.problems import Problems
-from treelora_cli.tasks.read_trace import read_pairs
 from treelora_cli.tasks.source import PREPARED, Loaded, TaskSource
-from treelora_cli.tasks.types import SPLITS, Task
+from treelora_cli.tasks.types import SPLITS, Row, Task
 
 # Not called manifest.json: the commit protocol adds MANIFEST.json, and some file systems do not
 # tell the two apart.
@@ -79,7 +87,7 @@ def read(source: TaskSource, problems: Problems) -> Loaded | None:
     for split in SPLITS:
         _check_file(source.files[split], _field(_field(entry, "files", where), split, where))
     before = len(problems)
-    splits = {split: read_pairs(source.files[split], problems) for split in SPLITS}
+    splits = {split: _rows(source.files[split], problems) for split in SPLITS}
     if len(problems) > before:
         return None
     labels = entry.get("labels")
@@ -101,6 +109,19 @@ def read(source: TaskSource, problems: Problems) -> Loaded | None:
         raise DataError(f"{where}: the rows do not match the fingerprint in the index", _AGAIN)
     mapped = "prompt -> prompt, answer -> answer"
     return Loaded(task, PREPARED, mapped)
+
+
+def _rows(path: Path, problems: Problems) -> tuple[Row, ...]:
+    rows: list[Row] = []
+    for record in read_records(path, problems):
+        prompt = text_of(record, "prompt", problems)
+        answer = text_of(record, "answer", problems)
+        if "turns" in record.fields:
+            turns = read_turns(record, "turns", problems)
+            prompt = Conversation(turns) if turns else None
+        if prompt is not None and answer is not None:
+            rows.append(Row(prompt, answer))
+    return tuple(rows)
 
 
 def _check_file(path: Path, expected: Fields) -> None:

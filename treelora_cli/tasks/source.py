@@ -75,7 +75,7 @@ def build(
     splits: dict[str, tuple[Row, ...]],
     *,
     mapped: str,
-    separator: str,
+    separator: str | None,
     labels: tuple[str, ...] | None = None,
     notes: Sequence[str] = (),
 ) -> Loaded:
@@ -85,11 +85,16 @@ def build(
         source: where the rows came from.
         splits: the rows of train, eval and test.
         mapped: which columns became prompt and answer.
-        separator: the text between prompt and answer.
+        separator: the text between prompt and answer; None: the catalog's, or else a guess.
         labels: the closed answer set, where the data name one.
         notes: what the reader has to say.
     """
     info, more = resolve(source.name, splits, labels)
+    if separator is None and info.benchmark:
+        separator = info.separator
+    elif separator is None:
+        separator, note = guess_separator([row.prompt for row in splits["train"]])
+        more = [*more, f"{source.name}: {note}"]
     task = Task(
         name=source.name,
         metric=info.metric,
@@ -103,3 +108,14 @@ def build(
         source=f"{source.layout} layout, {source.place}",
     )
     return Loaded(task, source.layout, mapped, (*notes, *more))
+
+
+def guess_separator(prompts: Sequence[str]) -> tuple[str, str]:
+    """Return the text to put between prompt and answer, and a note that says why.
+
+    Nothing where every prompt ends in white space or in a script written without spaces,
+    one space otherwise.
+    """
+    if all(prompt[-1].isspace() or prompt[-1] >= "\u2e80" for prompt in prompts):
+        return "", "no separator between prompt and answer: the prompts end in one"
+    return " ", "one space put between prompt and answer"

@@ -17,8 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from treelora_cli.conversation import Conversation
 from treelora_cli.errors import DataError, UsageError
+from treelora_cli.tasks.catalog import lookup
+from treelora_cli.tasks.hub import PREFIX
 from treelora_cli.tasks.inspect import duplicates
+from treelora_cli.tasks.problems import count_reasons
+from treelora_cli.tasks.quarantine import FOLDER as QUARANTINE
+from treelora_cli.tasks.quarantine import quarantine_lines
 from treelora_cli.tasks.read_prepared import FORMAT, INDEX_FILE, read_index
 from treelora_cli.tasks.source import Loaded
 from treelora_cli.tasks.types import SPLITS, Row
@@ -50,9 +56,11 @@ class Stored:
 def store(
     loaded: Sequence[Loaded],
     out: Path,
-    source: Path,
+    sources: Sequence[Path | str],
     tokenizer: str | None = None,
     lengths: Lengths | None = None,
+    *,
+    quarantine: bool = False,
 ) -> Stored:
     """Write tasks to a folder; afterwards it holds these tasks and no others.
 
@@ -62,20 +70,25 @@ def store(
     Args:
         loaded: the tasks.
         out: the folder to write.
-        source: the folder they were read from.
+        sources: the folders, files or data sets they were read from.
         tokenizer: the model whose tokenizer measured ``lengths``.
         lengths: percentiles of tokens by task name.
+        quarantine: write the rows that were left out to ``quarantine/TASK.jsonl``.
 
     Raises:
-        UsageError: ``out`` holds something that was not prepared, or the source itself.
+        UsageError: ``out`` holds something that was not prepared, or a source itself.
     """
     files: dict[str, bytes] = {}
     entries: dict[str, dict[str, Any]] = {}
     for one in sorted(loaded, key=lambda item: item.task.name):
         name = one.task.name
+        if name.casefold() == QUARANTINE:
+            raise UsageError(f"a prepared task cannot be called {name!r}", "rename it")
         parts = {split: jsonl(one.task.splits[split]) for split in SPLITS}
         files |= {f"{name}/{split}.jsonl": data for split, data in parts.items()}
         entries[name] = _entry(one, parts)
+        if quarantine and one.bad_rows:
+            files[f"{QUARANTINE}/{name}.jsonl"] = quarantine_lines(one.bad_rows, sources)
         if lengths is not None:
             entries[name]["tokens"] = lengths[name]
     index: dict[str, Any] = {"format": FORMAT, "tasks": entries}
@@ -83,7 +96,7 @@ def store(
         index["tokenizer"] = tokenizer
     files[INDEX_FILE] = (json.dumps(index, ensure_ascii=False, indent=2) + "\n").encode()
     with _alone(out):
-        check_out(out, source)
+        check_out(out, sources)
         if _same(out, files):
             return Stored("unchanged", entries)
         before = read_index(out)["tasks"] if (out / INDEX_FILE).exists() else None
@@ -94,15 +107,24 @@ def store(
 
 
 def jsonl(rows: Sequence[Row]) -> bytes:
-    """Return rows as JSON lines in UTF-8, text as it is but for line separators."""
-    lines = (
-        json.dumps({"prompt": row.prompt, "answer": row.answer}, ensure_ascii=False) for row in rows
-    )
+    """Return rows as JSON lines in UTF-8, text as it is but for line separators.
+
+    A conversation carries its turns beside the transcript of them.
+    """
+    lines = (json.dumps(_document(row), ensure_ascii=False) for row in rows)
     return "".join(f"{line.translate(_LINE_ENDS)}\n" for line in lines).encode("utf-8")
+
+
+def _document(row: Row) -> dict[str, Any]:
+    document: dict[str, Any] = {"prompt": row.prompt, "answer": row.answer}
+    if isinstance(row.prompt, Conversation):
+        document["turns"] = [{"role": turn.role, "content": turn.text} for turn in row.prompt.turns]
+    return document
 
 
 def _entry(one: Loaded, parts: Mapping[str, bytes]) -> dict[str, Any]:
     task = one.task
+    info = lookup(task.name)
     return {
         "metric": task.metric,
         "reading": task.reading,
@@ -110,6 +132,7 @@ def _entry(one: Loaded, parts: Mapping[str, bytes]) -> dict[str, Any]:
         "labels": list(task.labels) if task.labels is not None else None,
         "separator": task.separator,
         "max_answer_tokens": task.max_answer_tokens,
+        "default_epochs": info.epochs if info is not None else None,
         "synthetic": task.synthetic,
         "layout": one.layout,
         "mapped": one.mapped,
@@ -120,18 +143,23 @@ def _entry(one: Loaded, parts: Mapping[str, bytes]) -> dict[str, Any]:
             for split, data in parts.items()
         },
         "duplicates": duplicates(task),
+        "bad_rows": count_reasons(one.bad_rows),
     }
 
 
-def check_out(out: Path, source: Path) -> None:
-    """Refuse an output folder that holds the source or anything that was not prepared.
+def check_out(out: Path, sources: Sequence[Path | str]) -> None:
+    """Refuse an output folder that holds a source or anything that was not prepared.
 
     Raises:
         UsageError: see above; the message names what is in the way.
     """
-    here, there = out.resolve(), source.resolve()
-    if here == there or here in there.parents:
-        raise UsageError(f"--out {out} would replace the source {source}", "give another folder")
+    here = out.resolve()
+    for source in sources:
+        there = Path(str(source).removeprefix(PREFIX)).resolve()
+        if here == there or here in there.parents:
+            raise UsageError(
+                f"--out {out} would replace the source {source}", "give another folder"
+            )
     if not out.exists():
         return
     hint = "give another folder, or remove this one yourself"
@@ -148,6 +176,7 @@ def check_out(out: Path, source: Path) -> None:
         raise UsageError(f"--out {out}: {error.message}", hint) from error
     own = {out / INDEX_FILE, out / _MANIFEST}
     own |= {out / name / f"{split}.jsonl" for name in tasks for split in SPLITS}
+    own |= {out / QUARANTINE / f"{name}.jsonl" for name in tasks}
     for path in present:
         if path not in own:
             raise UsageError(f"--out {out}: found {path.relative_to(out)} among the data", hint)

@@ -7,12 +7,15 @@ from dataclasses import dataclass, field
 SPLITS = ("train", "eval", "test")
 
 Metric = str
-"""One of ``accuracy``, ``rouge_l``, ``sari``, ``edit_similarity``, ``f1``."""
+"""One of ``accuracy``, ``rouge_l``, ``sari``, ``edit_similarity``, ``f1``; ``none``: no score."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One example: the whole prompt as the model reads it, and the answer it should give."""
+    """One example: the whole prompt as the model reads it, and the answer it should give.
+
+    A prompt of several turns is a :class:`treelora_cli.conversation.Conversation`: text as well.
+    """
 
     prompt: str
     answer: str

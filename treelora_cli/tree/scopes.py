@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,8 +63,7 @@ class ScopedSearch:
             return found[0].mean(1) if len(self._searches) == 1 else found[0][:, block]
 
         return tuple(
-            search.choose(lambda block=block: of(block))  # type: ignore[misc]
-            for block, search in enumerate(self._searches)
+            search.choose(partial(of, block)) for block, search in enumerate(self._searches)
         )
 
     def paths(self) -> tuple[tuple[int, ...], ...]:
