@@ -129,13 +129,14 @@ def toy_arguments(model: Path, data: Path, run: Path, tasks: str, *more: str) ->
 
 
 def run_command(
-    *arguments: str, timeout: float = 240, **environment: str
+    *arguments: str, timeout: float = 240, stdin: str | None = None, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run the real command in a child process."""
     code = "from treelora_cli.cli.app import main; main()"
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],
         capture_output=True,
+        input=stdin,
         text=True,
         timeout=timeout,
         check=False,

@@ -172,9 +172,7 @@ def test_debug_shows_a_traceback(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(("command", "flag"), [("tree show", ""), ("report", "--json")])
-def test_a_reader_that_has_seen_enough(
-    treelora, tiny_model, data, tmp_path, command, flag
-) -> None:
+def test_a_reader_that_has_seen_enough(treelora, tiny_model, data, tmp_path, command, flag) -> None:
     run = tmp_path / "run"
     assert train(treelora, tiny_model, data, run).code == 0
     import subprocess
@@ -183,7 +181,8 @@ def test_a_reader_that_has_seen_enough(
     code = "from treelora_cli.cli.app import main; main()"
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
-        f'"{sys.executable}" -c "{code}" {command} "{run}" {flag} | true; echo "${{PIPESTATUS[0]}}"',
+        f'"{sys.executable}" -c "{code}" {command} "{run}" {flag} | true; '
+        'echo "${PIPESTATUS[0]}"',
         shell=True, executable="/bin/bash", capture_output=True, text=True, check=False,
         env={**os.environ, "PYTHONPATH": str(root)},
     )  # fmt: skip

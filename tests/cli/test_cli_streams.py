@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import toy_arguments
+from conftest import ROOT, run_command, toy_arguments
 
 from treelora_cli.cli.names import names_from
 from treelora_cli.engine.sweep import plan_sweep
@@ -88,3 +91,60 @@ def test_sweep_mistakes(tmp_path: Path) -> None:
                            (["seqlora", "seqlora"], [1]), (["seqlora"], [1, 1])):  # fmt: skip
         with pytest.raises(UsageError):
             plan_sweep(tmp_path, methods, seeds)
+
+
+def test_tasks_are_trained_as_their_names_arrive(tiny_model, toy_data, tmp_path) -> None:
+    run = tmp_path / "run"
+    arguments = toy_arguments(tiny_model, toy_data, run, "-", "--json", "--epochs", "1")
+    code = "from treelora_cli.cli.app import main; main()"
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert child.stdin is not None
+    assert child.stdout is not None
+
+    def until(kind: str) -> dict[str, object]:
+        for line in child.stdout:
+            event = json.loads(line)
+            if event["kind"] == kind:
+                return event
+        raise AssertionError(f"no {kind} event")
+
+    try:
+        until("waiting")
+        holder = json.loads((run / "lock").read_text())
+        assert holder["note"] == "waiting for task names"
+        for name in ("alpha", "beta"):
+            child.stdin.write(f"{name}\n")
+            child.stdin.flush()
+            assert until("task_finished")["task"] == name
+            until("waiting")
+        child.stdin.write("alpha\n")
+        child.stdin.flush()
+        assert until("skipped")["task"] == "alpha"
+        child.stdin.close()
+        assert until("run_finished")["tasks"] == ["alpha", "beta"]
+        assert child.wait(timeout=60) == 0
+    finally:
+        child.kill()
+    whole = tmp_path / "whole"
+    done = run_command(*toy_arguments(tiny_model, toy_data, whole, "alpha,beta", "--epochs", "1"))
+    assert done.returncode == 0, done.stderr
+    assert (run / "scores.json").read_bytes() == (whole / "scores.json").read_bytes()
+    assert (run / "tree" / "tree.json").read_bytes() == (whole / "tree" / "tree.json").read_bytes()
+    assert (run / "recipe.yaml").read_bytes() == (whole / "recipe.yaml").read_bytes()
+
+
+def test_names_from_a_pipe_and_what_does_not_go_with_it(tiny_model, toy_data, tmp_path) -> None:
+    arguments = toy_arguments(tiny_model, toy_data, tmp_path / "run", "-", "--epochs", "1")
+    done = run_command(*arguments, stdin="alpha, beta\nalfa")
+    assert done.returncode == 2, done.stderr
+    assert "alfa" in done.stderr
+    assert sorted(p.name for p in (tmp_path / "run" / "tasks").iterdir()) == [
+        "000-alpha",
+        "001-beta",
+    ]
+    for more in (["--dry-run"], ["--seeds", "1"], ["--set", "eval.when=last"]):
+        done = run_command(*arguments, *more, stdin="")
+        assert done.returncode == 2, done.stderr

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from treelora_cli.engine.batches import BatchPlan, UnionPlan
+from treelora_cli.report.scoring import Scored, score
 from treelora_cli.rundir.events import read_events
 from treelora_cli.rundir.layout import RunDir
 
@@ -103,6 +104,16 @@ def test_one_task_alone_has_no_bwt_either(treelora, tiny_model, toy_data, tmp_pa
     report = json.loads(treelora("report", run, "--json").out)
     assert report["op"] is not None
     assert report["bwt"] is None
+
+
+def test_before_its_evaluation_everything_is_learned_and_nothing_measured() -> None:
+    def scored(status: str) -> Scored:
+        return score([{"name": name, "status": status} for name in TASKS], [], "joint", None)
+
+    assert scored("training").learned == 0
+    assert scored("training").missing() == []
+    assert scored("trained").learned == 3
+    assert scored("trained").missing() == [("after gamma", name) for name in TASKS]
 
 
 def test_no_task_can_be_added(treelora, joint: Path) -> None:

@@ -184,6 +184,10 @@ def test_a_checkpoint_inside_a_task_goes_on_as_if_nothing_had_been(
     again.restore(stored)
     again.begin_task(context)
     again.load_state(*saved)
+    tensors, values = again.state()
+    assert tensors.keys() == saved[0].keys()
+    assert all(value.equal(saved[0][key]) for key, value in tensors.items())
+    assert values == saved[1]
     model.restore(middle)
     assert walk(again, model, range(3, context.steps)) == tail
     memory = again.end_task(context)

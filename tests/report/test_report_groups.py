@@ -67,7 +67,7 @@ def sweep(tmp_path_factory):
             )
     (root / "sweep.json").write_text('{"format": 1, "runs": []}')
     (root / "notes").mkdir()
-    (root / ".treelora-seed3.tmp-1-ab").mkdir()
+    make_run(root / ".treelora-seed3.tmp-1-ab", tasks=1, steps=1)
     return root
 
 
@@ -126,8 +126,18 @@ def test_settings_tell_groups_of_one_method_apart(tmp_path):
     ]
     groups = grouped(runs)
     assert [group.n for group in groups] == [2, 1]
-    assert groups[0].name == "treelora (method.lambda=0.5, method.ramp=—)"
-    assert groups[1].name == "treelora (method.lambda=2, method.ramp=none)"
+    assert groups[0].name == "treelora (lambda=0.5, ramp=—)"
+    assert groups[1].name == "treelora (lambda=2, ramp=none)"
+
+
+def test_a_setting_is_named_with_its_section_where_its_name_is_not_enough(tmp_path):
+    runs = []
+    for k, seed in enumerate((1, 2)):
+        recipe = f"tree:\n  block: {k}\ndata:\n  block: {k}\n  a: {k}\n  b: {k}\n"
+        run = make_run(tmp_path / str(k), tasks=1, steps=1, seed=seed, recipe=recipe)
+        runs.append(collect(run))
+    names = [group.name for group in grouped(runs)]
+    assert names[1] == "treelora (tree.block=1, data.block=1, a=1, 1 more)"
 
 
 @pytest.mark.parametrize(
@@ -252,6 +262,9 @@ def test_bands_and_bars_are_drawn_by_group(reports):
     scale = sum(gaps) / sum(stds)
     for gap, std in zip(gaps, stds, strict=True):
         assert gap == pytest.approx(scale * std, abs=0.2)
+    line = re.search(r'<polyline points="([^"]+)"', drawn)[1].split()
+    for point, high, low in zip(line, upper, lower, strict=True):
+        assert float(point.split(",")[1]) == pytest.approx((high + low) / 2, abs=0.11)
     for picture in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
         ElementTree.fromstring(picture)
 
@@ -260,7 +273,7 @@ def test_a_band_ends_where_scores_end():
     drawn = str(op_curves([OpCurve("a", 2, ((1, 99.0, 5.0), (2, 1.0, 5.0)))]))
     for match in re.finditer('points="([^"]+)"', drawn):
         for point in match[1].split():
-            assert 0 <= float(point.split(",")[1]) <= 240 - 36
+            assert 14 <= float(point.split(",")[1]) <= 240 - 36
     assert "OP after 1: 99.00 ± 5.00" in drawn
 
 

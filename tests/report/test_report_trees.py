@@ -162,6 +162,12 @@ def test_svg_is_a_file_of_its_own(run):
     assert not {"script", "image", "foreignObject"} & {p.tag.removeprefix(SVG) for p in root.iter()}
 
 
+def test_svg_of_a_deep_tree_names_every_block():
+    root = ElementTree.fromstring(standalone(tree_document(names_for(20)), ["a", "b"]))
+    texts = ["".join(text.itertext()) for text in root.iter(f"{SVG}text")]
+    assert sum(text.startswith("block ") for text in texts) == 19
+
+
 def test_svg_of_hostile_names_is_xml():
     root = ElementTree.fromstring(standalone(tree_document(HOSTILE), ['<a> & "b"']))
     assert root.find(f"{SVG}title").text == '<a> & "b"'

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from treelora_cli.errors import UsageError
 from treelora_cli.tasks.catalog import KNOWN, guess, lookup, resolve
 from treelora_cli.tasks.fingerprint import fingerprint
-from treelora_cli.tasks.load import available, limit_rows, load_tasks
-from treelora_cli.tasks.metrics import METRICS
+from treelora_cli.tasks.layouts import detect
+from treelora_cli.tasks.load import available, limit_rows, load_found, load_tasks
+from treelora_cli.tasks.metrics import METRICS, constant_score
 from treelora_cli.tasks.types import SPLITS, Row, Task
 
 
@@ -136,6 +137,61 @@ def test_catalog_knows_both_benchmarks() -> None:
     assert len(KNOWN["dbpedia"].labels or ()) == 14
     assert lookup("fomc") is KNOWN["FOMC"]
     assert lookup("mine") is None
+
+
+def test_defaults_of_the_benchmark() -> None:
+    assert len(KNOWN) == 24
+    trace = {name: info.epochs for name, info in KNOWN.items() if info.benchmark == "TRACE"}
+    assert trace == {
+        "C-STANCE": 2,
+        "FOMC": 1,
+        "MeetingBank": 3,
+        "Py150": 2,
+        "ScienceQA": 1,
+        "NumGLUE-cm": 2,
+        "NumGLUE-ds": 2,
+        "20Minuten": 3,
+        "Lima": None,
+    }
+    for info in KNOWN.values():
+        expected = ("", None) if info.benchmark == "TRACE" else (" ", 1)
+        assert info.separator == expected[0]
+        assert info.benchmark == "TRACE" or info.epochs == expected[1]
+        assert info.max_answer_tokens >= 16
+
+
+def test_lima_is_for_replay_only(trace, tmp_path) -> None:
+    trace("Lima", answers=("A long answer.", "Another one."))
+    for data in (None, tmp_path / "data"):
+        for name in ("Lima", "lima"):
+            with pytest.raises(UsageError, match=f"{name} is for replay only: it has no metric"):
+                load_tasks([name], data)
+    (loaded,) = load_found(detect(tmp_path / "data"), ["Lima"])
+    assert loaded.task.metric == "none"
+    assert constant_score(loaded.task, "test") is None
+
+
+def test_known_tasks_keep_their_separator_in_plain_tables(tmp_path) -> None:
+    for name, separator, answer in (
+        ("FOMC", "", "A"),
+        ("yahoo", " ", "Health"),
+        ("mine", " ", "A"),
+    ):
+        rows = "".join(f'{{"prompt": "p{n}", "answer": "{answer}"}}\n' for n in range(9))
+        (tmp_path / f"{name}.jsonl").write_text(rows)
+        (task,) = load_tasks([name], tmp_path)
+        assert task.separator == separator
+
+
+def test_guesses_are_logged_for_those_who_train_directly(tmp_path, caplog) -> None:
+    (tmp_path / "mine.csv").write_text(
+        "question,answer\n" + "".join(f"q{n},{n}\n" for n in range(9))
+    )
+    with caplog.at_level("INFO", logger="treelora"):
+        load_tasks(["mine"], tmp_path / "mine.csv")
+    said = "\n".join(record.getMessage() for record in caplog.records)
+    for words in ("accuracy guessed", "split by a hash", "one space put between"):
+        assert words in said
 
 
 @pytest.mark.parametrize(

@@ -288,3 +288,55 @@ def test_model_measures_tokens(data: Path, tmp_path: Path) -> None:
             run("--source", data, "--out", tmp_path / "new", "--model", model)
         assert caught.value.hint
     assert not (tmp_path / "new").exists()
+
+
+def test_training_prompts_in_two_tasks_are_reported_once(trace, write, tmp_path: Path) -> None:
+    trace("FOMC")
+    rows = [{"prompt": "FOMC train 1:", "answer": "A"}, {"prompt": "fomc  Train 2:", "answer": "A"}]
+    for split in ("train", "eval", "test"):
+        write(f"data/Own/{split}.jsonl", rows if split == "train" else rows[:1])
+    result = run("--source", tmp_path / "data", "--out", tmp_path / "out", "--json")
+    document = json.loads(result.stdout)
+    assert document["shared_prompts"] == [
+        {"task": "Own", "split": split, "other": "FOMC", "other_split": "train", "rows": rows}
+        for split, rows in (("test", 1), ("eval", 1), ("train", 2))
+    ]
+    assert "2 train prompts of Own are in the train rows of FOMC" in document["warnings"]
+    assert document["tasks"][1]["duplicates"]["test_in_train"] == 1
+
+
+def test_conversations_come_back_with_their_turns(write, tmp_path: Path) -> None:
+    from treelora_cli.conversation import Conversation
+
+    rows = [
+        {
+            "messages": [
+                {"role": "system", "content": "s \u2028"},
+                {"role": "user", "content": f"q{n}"},
+                {"role": "assistant", "content": "a"},
+            ]
+        }
+        for n in range(12)
+    ]
+    write("data/talk.jsonl", rows)
+    run("--source", tmp_path / "data", "--out", tmp_path / "out")
+    (before,) = load_tasks(["talk"], tmp_path / "data")
+    (after,) = load_tasks(["talk"], tmp_path / "out")
+    assert after == before
+    for left, right in zip(before.splits["train"], after.splits["train"], strict=True):
+        assert isinstance(left.prompt, Conversation)
+        assert isinstance(right.prompt, Conversation)
+        assert left.prompt.turns == right.prompt.turns
+
+
+def test_several_sources_and_a_file_of_names(data: Path, write, tmp_path: Path) -> None:
+    extra = write("mine.csv", "question,answer\n" + "".join(f"q{n},{n}\n" for n in range(12)))
+    names = write("names.txt", "mine\nFOMC\n")
+    out = tmp_path / "out"
+    run("--source", data, "--source", extra, "--out", out, "--tasks", f"@{names}")
+    index = json.loads((out / "prepared.json").read_text("utf-8"))
+    assert list(index["tasks"]) == ["FOMC", "mine"]
+    assert index["tasks"]["FOMC"]["default_epochs"] == 1
+    assert index["tasks"]["mine"]["default_epochs"] is None
+    with pytest.raises(UsageError, match="would replace the source"):
+        run("--source", data, "--source", extra, "--out", tmp_path)

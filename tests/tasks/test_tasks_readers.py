@@ -218,7 +218,7 @@ def test_missing_evaluation_file_is_taken_from_training(write, tmp_path: Path) -
 
 def test_too_few_rows_to_split(write, tmp_path: Path) -> None:
     write("data/mine.jsonl", rows_of(2))
-    with pytest.raises(DataError, match="found 2 rows, too few to split"):
+    with pytest.raises(DataError, match="found 2 rows with 2 different prompts, too few"):
         load_tasks(["mine"], tmp_path / "data")
 
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import select
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from treelora_cli.errors import UsageError
+
+POLL_SECONDS = 0.2
 
 
 def names_from(text: str | None) -> list[str] | None:
@@ -39,3 +45,24 @@ def _lines(path: Path) -> list[str]:
             f"the list of names {str(path)!r} cannot be read: {reason}",
             "give a text file with one name a line after the @",
         ) from None
+
+
+def arriving(wait: Callable[[], None]) -> Iterator[str]:
+    """Yield names from standard input as they come, until it ends.
+
+    Args:
+        wait: called a few times a second while nothing comes; may raise to stop.
+    """
+    waiting = b""
+    source = sys.stdin.fileno()
+    while True:
+        while not select.select([source], [], [], POLL_SECONDS)[0]:
+            wait()
+        wait()
+        read = os.read(source, 65536)
+        waiting += read
+        *lines, waiting = waiting.split(b"\n")
+        for line in lines if read else [waiting]:
+            yield from split_names(line.decode("utf-8", "replace"))
+        if not read:
+            return

@@ -33,6 +33,8 @@ def viewer(as_json: bool) -> Iterator[Callable[[Event], None]]:
 
 def describe_start(event: Event) -> str:
     """Return the line that says what is about to run."""
+    if event["tasks"] and not event["todo"]:
+        return "nothing to do: all tasks are done"
     model = event["model"] + (" (synthetic)" if event["builtin_base"] else "")
     data = "built-in synthetic tasks" if event["builtin_data"] else "tasks"
     left = f"{len(event['todo'])} of {len(event['tasks'])} {data}"
@@ -40,6 +42,21 @@ def describe_start(event: Event) -> str:
         f"{event['method']} on {model}: {left}, {event['trainable_parameters']:,} trainable "
         f"parameters, in {event['run_dir']}"
     )
+
+
+def _truncation(event: Event) -> str | None:
+    if not event["truncated"]:
+        return None
+    return f"{_title(event)}: {event['truncated']} of {event['rows']} training rows were cut to fit"
+
+
+_LINES: dict[str, Callable[[Event], str | None]] = {
+    "run_started": describe_start,
+    "task_started": _truncation,
+    "waiting": lambda event: "waiting for task names on standard input (end it with Ctrl-D)",
+    "skipped": lambda event: f"{event['task']}: {event['why']}",
+    "resumed": lambda event: f"resumed {event['task']} after step {event['step']}",
+}
 
 
 class PlainLines:
@@ -59,20 +76,15 @@ class PlainLines:
     def line(self, event: Event) -> str | None:
         """Return what to say of an event, if anything."""
         kind = event["kind"]
-        if kind == "run_started":
-            return describe_start(event) if event["todo"] else "nothing to do: all tasks are done"
         if kind == "task_started":
             self._started, self._scores = event, {}
-            return _truncation(event)
-        if kind == "step":
+        elif kind == "step":
             self._last = event
-        if kind == "evaluated" and event["adapter"] != "base":
+        elif kind == "evaluated" and event["adapter"] != "base":
             self._scores[event["task"]] = event["score"]
-        if kind == "resumed":
-            return f"resumed {event['task']} after step {event['step']}"
-        if kind == "task_finished":
+        elif kind == "task_finished":
             return self._finished(event)
-        return None
+        return _LINES[kind](event) if kind in _LINES else None
 
     def _finished(self, event: Event) -> str:
         name = event["task"]
@@ -96,12 +108,6 @@ def _title(event: Event) -> str:
     """What is trained: a task, or several at once."""
     tasks = event.get("tasks", [event["task"]])
     return str(event["task"]) if len(tasks) == 1 else f"{len(tasks)} tasks at once"
-
-
-def _truncation(event: Event) -> str | None:
-    if not event["truncated"]:
-        return None
-    return f"{_title(event)}: {event['truncated']} of {event['rows']} training rows were cut to fit"
 
 
 class _Display:

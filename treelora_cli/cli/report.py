@@ -52,6 +52,10 @@ def report(
     .pivot(index="after_index", columns="task", values="score").
 
     LaTeX is two tables for an article with the package booktabs; bold is best.
+
+    [bold]treelora report run-tree run-seq --out compare.html[/bold]
+
+    [bold]treelora report sweep --out scores.csv[/bold]
     """
     from treelora_cli.report.collect import collect
     from treelora_cli.report.formats import choose

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from treelora_cli.cli.names import names_from, split_names
+from treelora_cli.cli.names import arriving, names_from, split_names
 from treelora_cli.cli.output import print_json_line, write_out
 from treelora_cli.errors import UsageError
 
@@ -17,7 +17,10 @@ from treelora_cli.errors import UsageError
 def train_stream(
     tasks: Annotated[
         str | None,
-        typer.Option(help="Task names in order: A,B,C or @FILE.", show_default=False),
+        typer.Option(
+            help="Task names in order: A,B,C, or @FILE, or - for names on standard input.",
+            show_default=False,
+        ),
     ] = None,
     run_dir: Annotated[Path, typer.Option(help="Where everything is kept.")] = Path("run"),
     method: Annotated[
@@ -88,14 +91,19 @@ def train_stream(
     [bold]treelora train-stream --methods treelora,seqlora --seeds 1,2,3 --run-dir sweep[/bold]
     """
     flags: dict[str, Any] = {
-        "stream": {"tasks": names_from(tasks), "seed": seed},
+        "stream": {"tasks": [] if tasks == "-" else names_from(tasks), "seed": seed},
         "method": {"name": method},
         "model": {"name": model},
         "data": {"path": data},
         "optim": {"epochs": epochs},
         "limit": limit,
     }
-    asked = Asked(recipe, settings or [], _given(flags), dry_run, as_json)
+    asked = Asked(recipe, settings or [], _given(flags), tasks == "-", dry_run, as_json)
+    if asked.arriving and (methods or seeds or dry_run):
+        raise UsageError(
+            "--tasks - cannot be combined with --methods, --seeds or --dry-run",
+            "name the tasks, or put them into a file: --tasks @FILE",
+        )
     if methods is not None or seeds is not None:
         _sweep(asked, run_dir, methods, seeds)
     else:
@@ -111,6 +119,7 @@ class Asked:
     recipe: str | None
     settings: list[str]
     flags: dict[str, Any]
+    arriving: bool
     dry_run: bool
     as_json: bool
 
@@ -127,7 +136,7 @@ def _run(asked: Asked, path: Path, more: dict[str, Any]) -> None:
     from treelora_cli.recipe import merge
 
     flags = merge(deepcopy(asked.flags), more)
-    resolved = resolve_recipe(path, asked.recipe, asked.settings, flags)
+    resolved = resolve_recipe(path, asked.recipe, asked.settings, flags, arriving=asked.arriving)
     if asked.dry_run:
         from treelora_cli.cli.dryrun import print_plan
         from treelora_cli.engine.dryrun import plan_stream
@@ -142,7 +151,7 @@ def _run(asked: Asked, path: Path, more: dict[str, Any]) -> None:
     from treelora_cli.engine.stream import run_stream
 
     with viewer(asked.as_json) as show:
-        run_stream(resolved, path, show)
+        run_stream(resolved, path, show, arriving if asked.arriving else None)
 
 
 def _sweep(asked: Asked, parent: Path, methods: str | None, seeds: str | None) -> None:

@@ -47,8 +47,12 @@ def show(
 ) -> None:
     """Show which tasks the gradient tree holds together, and where it parts them.
 
-    With --diff, + is a new task and ~ one that moved: among the tasks that both trees
-    have, others than before are with it in the smallest group that holds it and another.
+    With --diff, + is a new task and ~ one that has moved: of the tasks in both
+    trees, others than before share the smallest group that holds it with any.
+
+    [bold]treelora tree show run --format svg > tree.svg[/bold]
+
+    [bold]treelora tree show run --diff FOMC ScienceQA[/bold]
     """
     chosen = _format(format_, as_json, DIFF_FORMATS if diff else FORMATS)
     if at is not None and diff is not None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from treelora_cli.engine.environment import versions
+from treelora_cli.engine.plan import check_tasks
 from treelora_cli.errors import DataError, UsageError
 from treelora_cli.methods.base import Method, StreamContext, build_method
 from treelora_cli.models.adapted import AdaptedModel
@@ -31,6 +32,7 @@ ROW_SEED = 0
 class Opened:
     """Everything a stream needs, with the lock held; the method has met the model."""
 
+    lock: RunLock
     run: RunDir
     recipe: Recipe
     tasks: list[Task]
@@ -72,18 +74,18 @@ def open_for_training(recipe: Recipe, path: Path) -> Iterator[Opened]:
     exists = (path / "run.json").exists()
     if exists:
         RunDir.open(path)
-        with RunLock(path):
-            yield _load(recipe, path, method)
+        with RunLock(path) as lock:
+            yield _load(lock, recipe, path, method)
         return
     tasks = load_stream_tasks(recipe, recipe.stream.tasks)
     adapted = _load_model(recipe, method)
-    with RunLock(path, create=True):
+    with RunLock(path, create=True) as lock:
         run = RunDir.create(path, _new_info(recipe, method, adapted.backbone), recipe.to_yaml())
         _add_tasks(run, tasks)
-        yield Opened(run, recipe, tasks, adapted, method)
+        yield Opened(lock, run, recipe, tasks, adapted, method)
 
 
-def _load(recipe: Recipe, path: Path, method: Method) -> Opened:
+def _load(lock: RunLock, recipe: Recipe, path: Path, method: Method) -> Opened:
     run = RunDir.open(path)
     run.sweep()
     tasks = load_stream_tasks(recipe, recipe.stream.tasks)
@@ -92,7 +94,29 @@ def _load(recipe: Recipe, path: Path, method: Method) -> Opened:
     check_base(run, adapted.backbone)
     write_file(run.recipe_yaml, recipe.to_yaml())
     _add_tasks(run, tasks)
-    return Opened(run, recipe, tasks, adapted, method)
+    return Opened(lock, run, recipe, tasks, adapted, method)
+
+
+def append_task(run: RunDir, recipe: Recipe, name: str) -> tuple[Recipe, Task]:
+    """Add one more task to a run that is open.
+
+    Returns:
+        The recipe with the task in its stream, and the task.
+
+    Raises:
+        UsageError: an unknown or bad name, or a task without its number of epochs.
+        DataError: rows that cannot be used.
+    """
+    names = (*recipe.stream.tasks, name)
+    check_tasks(list(names), recipe)
+    task = load_stream_tasks(recipe, [name])[0]
+    stream = recipe.stream.model_copy(update={"tasks": names})
+    longer = recipe.model_copy(update={"stream": stream})
+    write_file(run.recipe_yaml, longer.to_yaml())
+    run.info.add_task(task.name, task.metric)
+    run.info.extra["data"][task.name] = task.fingerprint
+    run.save_info()
+    return longer, task
 
 
 def _load_model(recipe: Recipe, method: Method) -> AdaptedModel:

@@ -22,7 +22,12 @@ DEFAULT_RECIPE = "quickstart"
 
 
 def resolve_recipe(
-    run_path: Path, recipe: str | None, settings: list[str], flags: dict[str, Any]
+    run_path: Path,
+    recipe: str | None,
+    settings: list[str],
+    flags: dict[str, Any],
+    *,
+    arriving: bool = False,
 ) -> Recipe:
     """Return the run's recipe with every key written out.
 
@@ -34,6 +39,7 @@ def resolve_recipe(
         recipe: name or file, or None.
         settings: ``section.key=value`` texts.
         flags: nested values the user gave by flag.
+        arriving: tasks will be named later, so that there may be none yet.
 
     Raises:
         UsageError: an unknown key, a value out of range, tasks in another order than before, or
@@ -60,7 +66,13 @@ def resolve_recipe(
             )
         tasks = merge_tasks(list(stored.stream.tasks), tasks if asked or recipe else [])
         _check_growth(stored, tasks, run_path)
-    check_tasks(tasks, resolved)
+    if tasks or not arriving:
+        check_tasks(tasks, resolved)
+    if arriving and resolved.eval.when == "last":
+        raise UsageError(
+            "eval.when=last needs to know which task is the last, but tasks are still arriving",
+            "use eval.when=all or none with --tasks -",
+        )
     return resolved.model_copy(
         update={"stream": resolved.stream.model_copy(update={"tasks": tuple(tasks)})}
     )

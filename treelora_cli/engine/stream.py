@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from treelora_cli.engine.evaluation import Evaluator, build_encoder
 from treelora_cli.engine.matrix import Matrix
-from treelora_cli.engine.opening import Opened, open_for_training
+from treelora_cli.engine.opening import Opened, append_task, open_for_training
 from treelora_cli.engine.optim import optimizer_tensors
 from treelora_cli.engine.seeds import derive
 from treelora_cli.engine.signals import StopFlag
@@ -21,7 +21,7 @@ from treelora_cli.engine.store import (
 )
 from treelora_cli.engine.training import StepResult, TaskTrainer
 from treelora_cli.engine.units import Unit, facts, row_plan, units
-from treelora_cli.errors import Interrupted, RunDirError, TreeloraError
+from treelora_cli.errors import Interrupted, RunDirError, TreeloraError, UsageError
 from treelora_cli.methods.base import TaskContext
 from treelora_cli.models.encode import Example
 from treelora_cli.recipe import Recipe
@@ -31,28 +31,32 @@ from treelora_cli.rundir.events import EventLog
 from treelora_cli.rundir.scores import Scores
 
 Show = Callable[[dict[str, Any]], None]
+Arrivals = Callable[[Callable[[], None]], Iterator[str]]
 
 
-def run_stream(recipe: Recipe, path: Path, show: Show) -> None:
+def run_stream(recipe: Recipe, path: Path, show: Show, arrivals: Arrivals | None = None) -> None:
     """Train and score a stream, going on from whatever the run directory already holds.
 
     Args:
         recipe: resolved, see :func:`treelora_cli.engine.plan.resolve_recipe`.
         path: the run directory, existing or not.
         show: told of every event, as it is written to events.jsonl.
+        arrivals: gives names of further tasks, each trained when it comes; it calls its argument
+            while it waits.
 
     Raises:
         TreeloraError: of the kind and exit code that fits what is wrong; what was finished before
             is kept, and an interrupted run goes on when called again.
     """
     with StopFlag() as stop, open_for_training(recipe, path) as opened:
-        _Stream(opened, stop, show).run()
+        _Stream(opened, stop, show).run(arrivals)
 
 
 class _Stream:
     """One call of ``train-stream`` on a locked run directory."""
 
     def __init__(self, opened: Opened, stop: StopFlag, show: Show) -> None:
+        self.lock = opened.lock
         self.run_dir = opened.run
         self.recipe = opened.recipe
         self.tasks = opened.tasks
@@ -79,7 +83,7 @@ class _Stream:
         """Log an event and show it."""
         self.show(self.log.append(kind, sync=kind != "step", **fields))
 
-    def run(self) -> None:
+    def run(self, arrivals: Arrivals | None) -> None:
         """Go through the stream; the run's status always tells how it ended."""
         info = self.run_dir.info
         info.status = "running"
@@ -91,6 +95,8 @@ class _Stream:
             first = self._take_up()
             for number, unit in enumerate(self.units):
                 self._one_unit(unit, trained=number < first)
+            if arrivals is not None:
+                self._wait_for(arrivals)
         except Interrupted as error:
             info.status = "interrupted"
             self.run_dir.save_info()
@@ -107,7 +113,31 @@ class _Stream:
             raise
         info.status = "finished"
         self.run_dir.save_info()
-        self.emit("run_finished", {"tasks": names})
+        self.emit("run_finished", {"tasks": [task.name for task in self.tasks]})
+
+    def _wait_for(self, arrivals: Arrivals) -> None:
+        """Train tasks as their names arrive; the lock stays held and says what is waited for."""
+        if self.method.mode == "joint":
+            raise UsageError(
+                f"method {self.method.name} trains all tasks at once and cannot wait for more",
+                "name all tasks with --tasks A,B,C",
+            )
+        note = "waiting for task names"
+        names = arrivals(lambda: self.stop.raise_if_set(f"stopped while {note}"))
+        while True:
+            self.lock.note(note)
+            self.emit("waiting", {"for": "task names"})
+            name = next(names, None)
+            self.lock.note("")
+            if name is None:
+                return
+            if self.run_dir.info.task(name) is not None:
+                self.emit("skipped", {"task": name, "why": "the run has it already"})
+                continue
+            self.recipe, task = append_task(self.run_dir, self.recipe, name)
+            self.tasks.append(task)
+            self.units = units(self.method.mode, self.tasks)
+            self._one_unit(self.units[-1], trained=False)
 
     def _run_facts(self) -> dict[str, Any]:
         info = self.run_dir.info

@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 
 from treelora_cli.report.metrics import DEFINITIONS
 from treelora_cli.report.model import RunReport
-from treelora_cli.report.words import HEADS, NOT_MEASURED, percent, signed
+from treelora_cli.report.words import HEADS, NOT_DEFINED, NOT_MEASURED, percent, signed
 
 MOST_DIFFERENCES = 3
 """So many settings tell groups of one method apart in their names; further ones are counted."""
@@ -143,13 +143,18 @@ def _names(firsts: Sequence[RunReport]) -> list[str]:
 
 
 def _differences(run: RunReport, others: Sequence[RunReport]) -> str:
-    """The settings of a run in which not all others agree with it, as ``--set`` writes them."""
-    keys = list(dict.fromkeys(key for other in others for key in other.settings))
-    differing = [
-        f"{key}={run.settings.get(key, NOT_MEASURED)}"
-        for key in keys
+    """The settings of a run in which not all others agree with it; sections only where needed."""
+    keys = [
+        key
+        for key in dict.fromkeys(key for other in others for key in other.settings)
         if len({other.settings.get(key) for other in others}) > 1
     ]
+    ends = Counter(key.rpartition(".")[2] for key in keys)
+    differing = []
+    for key in keys:
+        end = key.rpartition(".")[2]
+        name = end if ends[end] == 1 else key
+        differing.append(f"{name}={run.settings.get(key, NOT_MEASURED)}")
     if len({other.model for other in others}) > 1:
         differing.insert(0, run.model)
     shown = differing[:MOST_DIFFERENCES]
@@ -168,7 +173,8 @@ def plus_minus(value: Spread | None, digits: int = 2, *, sign: bool = False) -> 
 
 def printed(group: Group, digits: int = 2) -> dict[str, str]:
     """The numbers of a group as printed, by key."""
-    return {key: plus_minus(group.number(key), digits, sign=key != "op") for key in HEADS}
+    shown = {key: plus_minus(group.number(key), digits, sign=key != "op") for key in HEADS}
+    return dict.fromkeys(HEADS, NOT_DEFINED) | {"op": shown["op"]} if group.first.joint else shown
 
 
 def final_rows(groups: Sequence[Group]) -> list[tuple[str, list[Spread | None]]]:

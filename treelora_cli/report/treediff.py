@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Json = Mapping[str, Any]
-Sides = frozenset[frozenset[str]]
+Sides = frozenset[tuple[str, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,7 @@ def _cuts(tree: Json, shared: Sequence[str]) -> dict[Sides, Cut]:
         sides = tuple(members[child] for child in node["children"] if members[child])
         if len(sides) > 1:
             cut = Cut(sides, node.get("block"), node.get("threshold"))
-            found[frozenset(map(frozenset, sides))] = cut
+            found[frozenset(sides)] = cut
     return found
 
 

@@ -160,10 +160,10 @@ _HINTS = (
         "HF_HUB_OFFLINE is set and the data set is not in the cache: unset it, or give a folder",
     ),
     (
-        r"Gated|Unauthorized|\b40[13]\b|private",
+        r"gated|Unauthorized|\b40[13]\b|private",
         "log in with `hf auth login` (or set HF_TOKEN) and accept the terms on its page",
     ),
-    (r"ConnectionError|reach", "check the network, or give a folder that holds the data"),
+    (r"ConnectionError|couldn't reach", "check the network, or give a folder that holds the data"),
     (r"Config name is missing|BuilderConfig", f"name a configuration: {_FORM}"),
     (r"scripts are no longer", "code of a data set's own is never run: convert it to Parquet"),
     (r"NotFound|doesn't exist|\b404\b", f"check the id, the revision and your access: {_FORM}"),
@@ -173,5 +173,5 @@ _HINTS = (
 def _hint(error: Exception, reason: str) -> str:
     kinds = [kind.__name__ for kind in type(error).__mro__]
     story = f"{' '.join(kinds)} {type(error.__cause__).__name__} {reason}"
-    found = (hint for pattern, hint in _HINTS if re.search(pattern, story))
+    found = (hint for pattern, hint in _HINTS if re.search(pattern, story, re.I))
     return next(found, f"the form is {_FORM}")

@@ -135,7 +135,8 @@ def _read(source: TaskSource, problems: Problems) -> Loaded | None:
         return None
     if loaded is None:
         return None
-    return dataclasses.replace(loaded, bad_rows=problems.bad_rows[left_out:])
+    bad_rows = sorted(problems.bad_rows[left_out:], key=lambda row: row.place.sort_key)
+    return dataclasses.replace(loaded, bad_rows=tuple(bad_rows))
 
 
 def _parts(error: DataError) -> tuple[str, str]:

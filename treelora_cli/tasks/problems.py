@@ -41,6 +41,11 @@ class Place:
             return f"{self.file}: row {self.number}"
         return f"{self.file}:{self.number}" + (f":{self.column}" if self.column else "")
 
+    @property
+    def sort_key(self) -> tuple[str, int]:
+        """Places in the order of their files and rows."""
+        return self.file, self.number
+
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
@@ -108,7 +113,7 @@ class Problems:
             self.add(place, what, hint)
         else:
             row = BadRow(place, reason, what, content)
-            self._bad_rows.setdefault((place.file, place.number), row)
+            self._bad_rows.setdefault(place.sort_key, row)
 
     @property
     def bad_rows(self) -> tuple[BadRow, ...]:

@@ -109,9 +109,11 @@ def _three_splits(
     else:
         return dict(read_rows), []
     if not all(splits.values()) and not len(problems):
+        rows = [row for part in splits.values() for row in part]
         problems.add(
             source.place,
-            f"found {sum(map(len, splits.values()))} rows, too few to split",
+            f"found {len(rows)} rows with {len({row.prompt for row in rows})} different prompts, "
+            "too few to split",
             "give train, eval and test files of their own",
         )
     counts = ", ".join(f"{split} {len(rows)}" for split, rows in splits.items())
