@@ -83,10 +83,10 @@ ORDERS = {
     "olora-order-1": "dbpedia amazon yahoo agnews",
     "olora-order-2": "dbpedia amazon agnews yahoo",
     "olora-order-3": "yahoo amazon agnews dbpedia",
-    "olora-order-4": "MNLI CB WiC COPA QQP BoolQA RTE IMDB yelp amazon SST-2 dbpedia agnews MultiRC "
-    "yahoo",
-    "olora-order-5": "MultiRC BoolQA WiC MNLI CB COPA QQP RTE IMDB SST-2 dbpedia agnews yelp amazon "
-    "yahoo",
+    "olora-order-4": "MNLI CB WiC COPA QQP BoolQA RTE IMDB yelp amazon SST-2 dbpedia agnews "
+    "MultiRC yahoo",
+    "olora-order-5": "MultiRC BoolQA WiC MNLI CB COPA QQP RTE IMDB SST-2 dbpedia agnews yelp "
+    "amazon yahoo",
     "olora-order-6": "yelp amazon MNLI CB COPA QQP RTE IMDB SST-2 dbpedia agnews yahoo MultiRC "
     "BoolQA WiC",
     "trace-long-15": "C-STANCE FOMC MeetingBank Py150 ScienceQA NumGLUE-cm NumGLUE-ds 20Minuten "
@@ -178,4 +178,5 @@ def test_flags_win_and_other_methods_settings_are_dropped(tmp_path: Path) -> Non
 
 def test_every_setting_is_written_out(tmp_path: Path) -> None:
     recipe = resolve_recipe(tmp_path / "run", None, [], {})
-    assert recipe.method.settings.keys() == {"lambda", "ramp", "target", "signature", "factors"}
+    settings = {"lambda", "ramp", "target", "signature", "factors", "start", "start_batches"}
+    assert recipe.method.settings.keys() == settings

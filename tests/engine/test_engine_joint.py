@@ -126,6 +126,14 @@ def test_no_task_can_be_added(treelora, joint: Path) -> None:
     assert "nothing to do" in again.err
 
 
+def test_it_cannot_wait_for_tasks(treelora, tiny_model, toy_data, tmp_path) -> None:
+    run = tmp_path / "run"
+    outcome = treelora(*toy_arguments(tiny_model, toy_data, run, "-", "--method", "joint"))
+    assert outcome.code == 2
+    assert "cannot wait for more" in outcome.err
+    assert not run.exists()
+
+
 def test_eval_asks_every_task_of_the_one_adapter(treelora, joint: Path) -> None:
     cells = json.loads(treelora("eval", joint, "--json").out)["cells"]
     assert [cell["task"] for cell in cells] == TASKS

@@ -110,6 +110,8 @@ class Stop(BaseException):
     ("method", "more"),
     [
         ("treelora", []),
+        ("treelora", ["--set", "method.start=group", "--set", "method.signature=query"]),
+        ("treelora", ["--set", "method.start=fresh", "--set", "method.signature=gradient"]),
         ("seqlora", []),
         ("per-task", []),
         ("treelora-official", []),

@@ -146,6 +146,13 @@ def test_a_conversation_is_a_transcript_in_plain_format(tokenizers) -> None:
     assert text.endswith("\nUser: user 4\nAssistant:")
 
 
+def test_a_prompt_does_not_depend_on_the_day(tokenizers, monkeypatch) -> None:
+    dated = "{{ strftime_now('%d %b %Y') }} " + TURNS
+    monkeypatch.setattr(tokenizers["turns"], "chat_template", dated)
+    encoder = Encoder(tokenizers["turns"], 900, 50, chat=True)
+    assert tokenizers["turns"].decode(encoder.prompt("q")[0]).startswith("26 Jul 2024 <s>")
+
+
 def test_what_cannot_be_rendered_is_refused(tokenizers) -> None:
     with pytest.raises(UsageError, match="has no chat template") as missing:
         Encoder(tokenizers["none"], 100, 50, chat=True)

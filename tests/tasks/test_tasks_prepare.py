@@ -340,3 +340,13 @@ def test_several_sources_and_a_file_of_names(data: Path, write, tmp_path: Path) 
     assert index["tasks"]["mine"]["default_epochs"] is None
     with pytest.raises(UsageError, match="would replace the source"):
         run("--source", data, "--source", extra, "--out", tmp_path)
+
+
+def test_columns_are_for_tables_only(data: Path, write, tmp_path: Path) -> None:
+    write("data/mine.csv", "frage,antwort\n" + "".join(f"q{n},{n}\n" for n in range(12)))
+    arguments = ("--source", data, "--out", tmp_path / "out", "--columns")
+    arguments = (*arguments, "prompt=frage,answer=antwort")
+    with pytest.raises(UsageError, match="--columns does not apply to FOMC, MeetingBank"):
+        run(*arguments)
+    result = run(*arguments, "--tasks", "mine")
+    assert "mine: plain layout; frage -> prompt, antwort -> answer" in result.stderr

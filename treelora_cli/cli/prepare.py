@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from treelora_cli.errors import UsageError
 from treelora_cli.tasks.problems import OnBadRow
 
 
@@ -14,8 +15,8 @@ def prepare(
     source: Annotated[
         list[str],
         typer.Option(
-            help="Folder of tasks, one data file, or hf:ORG/NAME[@REVISION][:CONFIG]; may be "
-            "repeated.",
+            help="Folder of tasks, one data file, or hf:ORG/NAME with @REVISION and :CONFIG if "
+            "wanted; may be repeated.",
             show_default=False,
         ),
     ],
@@ -35,8 +36,8 @@ def prepare(
     columns: Annotated[
         str | None,
         typer.Option(
-            help="Columns of tables: prompt=COL,answer=COL[,input=COL], or messages=COL "
-            "(default: found by their names).",
+            help="Columns of tables: prompt=COL,answer=COL and input=COL if there is one, or "
+            "messages=COL (default: found by their names).",
             show_default=False,
         ),
     ] = None,
@@ -82,7 +83,14 @@ def prepare(
 
     check_out(out, source)
     found = detect_all(source, None if columns is None else parse_columns(columns))
-    loaded = load_found(found, names_from(tasks) or list(found.tasks), on_bad_row)
+    names = names_from(tasks) or list(found.tasks)
+    fixed = [name for name in names if name in found.tasks and not found.tasks[name].columns]
+    if columns is not None and fixed:
+        raise UsageError(
+            f"--columns does not apply to {', '.join(fixed)}: that layout has columns of its own",
+            "choose tables with --tasks",
+        )
+    loaded = load_found(found, names, on_bad_row)
     lengths = None
     if model is not None:
         count = token_counter(model)

@@ -36,7 +36,8 @@ def train_stream(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Folder of tasks, prepared or not (default: the built-in synthetic tasks).",
+            help="Folder of tasks (prepared or not), one data file, or hf:ORG/NAME (default: the "
+            "built-in synthetic tasks).",
             show_default=False,
         ),
     ] = None,

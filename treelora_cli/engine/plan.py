@@ -42,8 +42,8 @@ def resolve_recipe(
         arriving: tasks will be named later, so that there may be none yet.
 
     Raises:
-        UsageError: an unknown key, a value out of range, tasks in another order than before, or
-            settings that differ from those the run was begun with.
+        UsageError: an unknown key, a value out of range, tasks in another order than before,
+            settings that differ from those the run was begun with, or a task that cannot be added.
     """
     stored = _stored_recipe(run_path)
     overrides = merge(parse_overrides(settings), flags)
@@ -68,14 +68,29 @@ def resolve_recipe(
         _check_growth(stored, tasks, run_path)
     if tasks or not arriving:
         check_tasks(tasks, resolved)
-    if arriving and resolved.eval.when == "last":
+    if arriving:
+        _check_arriving(resolved)
+    return resolved.model_copy(
+        update={"stream": resolved.stream.model_copy(update={"tasks": tuple(tasks)})}
+    )
+
+
+def _check_arriving(recipe: Recipe) -> None:
+    """Refuse what cannot be done with tasks that are still arriving.
+
+    Raises:
+        UsageError: the method or the evaluation has to know all tasks.
+    """
+    if build_method(recipe).mode == "joint":
+        raise UsageError(
+            f"method {recipe.method.name} trains all tasks at once and cannot wait for more",
+            "name all tasks with --tasks A,B,C",
+        )
+    if recipe.eval.when == "last":
         raise UsageError(
             "eval.when=last needs to know which task is the last, but tasks are still arriving",
             "use eval.when=all or none with --tasks -",
         )
-    return resolved.model_copy(
-        update={"stream": resolved.stream.model_copy(update={"tasks": tuple(tasks)})}
-    )
 
 
 def _check_growth(stored: Recipe, tasks: list[str], run_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,8 @@ def load_stored(run: RunDir, index: int, name: str) -> StoredTask:
     extra = folder / METHOD_FILE
     tensors: dict[str, Tensor] = load_tensors(extra) if extra.exists() else {}
     info = read_json(folder / "task.json")
-    return StoredTask(index, name, TaskMemory(tensors, info, _load_tree(run, index, name)))
+    memory = TaskMemory(tensors, info, _load_tree(run, index, name))
+    return StoredTask(index, name, memory, partial(load_adapter, run, index, name))
 
 
 def _load_tree(run: RunDir, index: int, name: str) -> TreeRecord | None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from treelora_cli.engine.evaluation import Evaluator, build_encoder
+from treelora_cli.engine.gradients import first_gradient
 from treelora_cli.engine.matrix import Matrix
 from treelora_cli.engine.opening import Opened, append_task, open_for_training
 from treelora_cli.engine.optim import optimizer_tensors
@@ -21,7 +23,7 @@ from treelora_cli.engine.store import (
 )
 from treelora_cli.engine.training import StepResult, TaskTrainer
 from treelora_cli.engine.units import Unit, facts, row_plan, units
-from treelora_cli.errors import Interrupted, RunDirError, TreeloraError, UsageError
+from treelora_cli.errors import Interrupted, RunDirError, TreeloraError
 from treelora_cli.methods.base import TaskContext
 from treelora_cli.models.encode import Example
 from treelora_cli.recipe import Recipe
@@ -117,11 +119,6 @@ class _Stream:
 
     def _wait_for(self, arrivals: Arrivals) -> None:
         """Train tasks as their names arrive; the lock stays held and says what is waited for."""
-        if self.method.mode == "joint":
-            raise UsageError(
-                f"method {self.method.name} trains all tasks at once and cannot wait for more",
-                "name all tasks with --tasks A,B,C",
-            )
         note = "waiting for task names"
         names = arrivals(lambda: self.stop.raise_if_set(f"stopped while {note}"))
         while True:
@@ -201,7 +198,8 @@ class _Stream:
         examples = self._encode(unit)
         plan = row_plan(unit, self.recipe, seed)
         forwards = plan.forwards_per_epoch(optim.micro_batch_size)
-        context = TaskContext(*unit.place, plan.steps, plan.steps_per_epoch, seed, forwards)
+        probe = partial(first_gradient, self.adapted, examples, plan, optim.micro_batch_size)
+        context = TaskContext(*unit.place, plan.steps, plan.steps_per_epoch, seed, forwards, probe)
         self._set_status(unit, "training")
         self.method.begin_task(context)
         trainer = TaskTrainer(self.adapted, self.method, context, examples, plan, optim)

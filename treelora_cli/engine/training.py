@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from treelora_cli.engine.batches import RowPlan
+from treelora_cli.engine.gradients import gradient_under, step_batches
 from treelora_cli.engine.optim import (
     build_optimizer,
     learning_rate,
@@ -21,7 +23,7 @@ from treelora_cli.engine.optim import (
 from treelora_cli.errors import DivergedError
 from treelora_cli.methods.base import Method, StepContext, TaskContext
 from treelora_cli.models.adapted import AdaptedModel
-from treelora_cli.models.encode import Batch, Example, collate
+from treelora_cli.models.encode import Batch, Example
 from treelora_cli.models.forward import answer_loss
 from treelora_cli.recipe import OptimSection
 from treelora_cli.rundir import faults
@@ -97,21 +99,18 @@ class TaskTrainer:
         finally:
             self.adapted.peft.eval()
 
-    def _micro_batches(self) -> Iterator[Batch]:
-        rows = self.plan.rows(self.step)
-        size = self.optim.micro_batch_size
-        for start in range(0, len(rows), size):
-            chosen = [self.examples[row] for row in rows[start : start + size]]
-            yield collate(chosen, self.adapted.backbone.tokenizer.pad_token_id)
-
     def _one_step(self) -> StepResult:
         lr = learning_rate(self.optim, self.step, self.plan.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        batches = list(self._micro_batches())
+        pad = self.adapted.backbone.tokenizer.pad_token_id
+        size = self.optim.micro_batch_size
+        batches = list(step_batches(self.examples, self.plan, self.step, size, pad))
         loss, penalty = self._backward(batches)
-        context = StepContext(self.step, loss)
+        context = StepContext(
+            self.step, loss, gradient_under=partial(gradient_under, self.adapted, batches)
+        )
         if not self.method.per_forward:
             penalty = self.method.penalty(context)
             if penalty is not None:

@@ -6,14 +6,14 @@ the loss or change gradients, and says what to store when a task ends and which 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import ValidationError
 from torch import Tensor
 
-from treelora_cli.models.adapted import AdaptedModel
+from treelora_cli.models.adapted import AdaptedModel, Snapshot
 from treelora_cli.recipe import BanditSection, Recipe, Section, TreeSection, validation_problem
 
 Need = Literal["penalty", "gradients", "weights"]
@@ -39,6 +39,10 @@ class StreamContext:
     tree: TreeSection
 
 
+def _no_gradients(what: object) -> list[Tensor]:
+    raise RuntimeError("this context was made without a model to take gradients of")
+
+
 @dataclass(frozen=True, slots=True)
 class TaskContext:
     """The task about to be trained.
@@ -50,6 +54,8 @@ class TaskContext:
         steps_per_epoch: optimizer steps in one pass over its rows.
         seed: differs between tasks; the same whenever this task is trained in this run.
         forwards_per_epoch: forward passes (micro-batches) in one pass over its rows.
+        probe: given K, the mean gradient of the first K steps' rows at the live weights: one
+            tensor for each of the model's trainable parameters. Nothing is trained by it.
     """
 
     index: int
@@ -58,6 +64,7 @@ class TaskContext:
     steps_per_epoch: int
     seed: int
     forwards_per_epoch: int = 0
+    probe: Callable[[int], list[Tensor]] = _no_gradients
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +77,15 @@ class StepContext:
             this forward pass alone.
         forward: the forward pass within the step, from 0.
         forwards: forward passes in this step.
+        gradient_under: the gradient of this step's rows at a snapshot's weights: one tensor for
+            each trainable parameter. Costs one more forward and backward pass.
     """
 
     step: int
     loss: Tensor
     forward: int = 0
     forwards: int = 1
+    gradient_under: Callable[[Snapshot], list[Tensor]] = _no_gradients
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +111,25 @@ class TaskMemory:
     tree: TreeRecord | None = None
 
 
+def _no_adapter() -> Snapshot:
+    raise RuntimeError("this stored task was made without its adapter")
+
+
 @dataclass(frozen=True, slots=True)
 class StoredTask:
-    """A finished task as read back from the run directory, in stream order."""
+    """A finished task as read back from the run directory, in stream order.
+
+    Attributes:
+        index: its place in the stream.
+        name: its name.
+        memory: what the method stored of it.
+        adapter: reads the adapter it left, for methods that need it.
+    """
 
     index: int
     name: str
     memory: TaskMemory
+    adapter: Callable[[], Snapshot] = _no_adapter
 
 
 class Departure(NamedTuple):

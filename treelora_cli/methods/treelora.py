@@ -13,14 +13,16 @@ Cost per step: O(F) for one signature, O(depth) for the search, whatever the num
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from treelora_cli.errors import RunDirError
+from treelora_cli.errors import RunDirError, UsageError
+from treelora_cli.methods._starts import GroupStart
 from treelora_cli.methods.base import (
     Method,
     MethodSettings,
@@ -31,7 +33,7 @@ from treelora_cli.methods.base import (
     TaskMemory,
     TreeRecord,
 )
-from treelora_cli.models.adapted import AdaptedModel
+from treelora_cli.models.adapted import AdaptedModel, Snapshot
 from treelora_cli.tree.build import update_tree
 from treelora_cli.tree.nodes import GradientTree
 from treelora_cli.tree.penalty import (
@@ -45,6 +47,9 @@ from treelora_cli.tree.penalty import (
 from treelora_cli.tree.scopes import ScopedSearch, make_search
 from treelora_cli.tree.serial import from_document, from_tensors, to_document, to_tensors
 from treelora_cli.tree.signatures import SignatureBank, block_means
+
+# Signatures that are gradients: detached, so that the penalty acts on the gradient itself.
+GRADIENTS = ("gradient", "query")
 
 
 class TreeLoraSettings(MethodSettings):
@@ -63,10 +68,20 @@ class TreeLoraSettings(MethodSettings):
     target: Literal["path", "leaf"] = Field(
         "path", description="pulled toward the means along the chosen path, or the task's own"
     )
-    signature: Literal["lora_a", "lora_delta", "gradient"] = Field(
-        "lora_a", description="live weights, their change within the task, or the mean gradient"
+    signature: Literal["lora_a", "lora_delta", "gradient", "query"] = Field(
+        "lora_a",
+        description="live weights, their change within the task, the mean gradient, or the "
+        "paper's literal gradient of the present rows under an earlier adapter",
     )
     factors: Literal["A", "AB"] = Field("A", description="LoRA matrices that make the signature")
+    start: Literal["continue", "fresh", "group"] = Field(
+        "continue",
+        description="a task starts from the last task's weights, from the common seeded start, or "
+        "from the mean change of the group of tasks it resembles",
+    )
+    start_batches: Annotated[int, Field(gt=0)] = Field(
+        4, description="steps' rows whose gradient finds the group"
+    )
 
 
 class _Guide:
@@ -82,7 +97,7 @@ class _Guide:
     ) -> None:
         self.bank = bank
         self.search = search
-        self.scales = bank.scales()
+        self.scales = bank.scales().to(device)
         self.targets = PathTargets(tree, bank, settings.target)
         weights = block_weights(settings.strength, 1.0, bank.widths, bank.displacement_scale())
         self.weights = expand(weights, bank.widths).to(device)
@@ -100,6 +115,29 @@ class _Guide:
         xis = self.bank.pull(signature, arms, self.scales).tolist()
         self.search.update(arms, xis)
         return self.targets.of_arms(arms).to(signature.device), {"arms": list(arms), "xi": xis}
+
+    def ask(
+        self, gradient: Tensor, under: Callable[[int], Tensor]
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Choose a task and compare gradients of the same rows, now and under its adapter.
+
+        Args:
+            gradient: [F], the live one.
+            under: gives the rows' gradient under a task's adapter, [F]; a forward and backward
+                pass each. The exhaustive search asks for all of them.
+        """
+        asked: dict[int, Tensor] = {}
+
+        def distances(arm: int) -> Tensor:
+            if arm not in asked:
+                asked[arm] = under(arm)
+            return block_means((gradient - asked[arm]).abs(), self.bank.widths) / self.scales
+
+        everyone = range(len(self.bank))
+        arms = self.search.choose(lambda: torch.stack([distances(arm) for arm in everyone]))
+        xi = float(distances(arms[0]).mean())
+        self.search.update(arms, [xi])
+        return asked[arms[0]], {"arms": list(arms), "xi": [xi]}
 
 
 class TreeLora(Method):
@@ -122,6 +160,16 @@ class TreeLora(Method):
         self.mean_gradient = torch.zeros_like(self.origin)
         self.gradients = 0
         self.observed: dict[str, Any] = {}
+        self.snapshots: list[Callable[[], Snapshot]] = []
+        self.group_start: GroupStart | None = None
+        if self.settings.start == "group":
+            self.group_start = GroupStart(model, self.settings.start_batches)
+        if self.settings.signature == "query" and stream.bandit.scope == "block":
+            raise UsageError(
+                "method.signature=query takes one gradient a step, bandit.scope=block would take "
+                "one for every block",
+                "use bandit.scope=model",
+            )
 
     def restore(self, finished: Sequence[StoredTask]) -> None:
         """Read the tree and all signatures back.
@@ -139,6 +187,9 @@ class TreeLora(Method):
                 )
             banks.append(from_tensors(record.tensors, [task.name]))
             self.tree = from_document(record.document)
+            self.snapshots.append(task.adapter)
+        if self.group_start is not None:
+            self.group_start.restore(finished)
         if not banks:
             return
         if any(bank.widths != self.bank.widths for bank in banks):
@@ -153,8 +204,13 @@ class TreeLora(Method):
         )
 
     def begin_task(self, task: TaskContext) -> None:
-        """Fix the scales and start the bandit anew; the adapter goes on from where it was."""
+        """Choose the adapter's start, fix the scales and start the bandit anew."""
         self.task = task
+        self.group: tuple[int, ...] = ()
+        if self.group_start is not None:
+            self.group = self.group_start.begin(task, self.tree, self.snapshots)
+        elif self.settings.start == "fresh":
+            self.model.reset()
         self.origin = self._weights()
         self.mean_gradient = torch.zeros_like(self.origin)
         self.gradients = 0
@@ -193,7 +249,7 @@ class TreeLora(Method):
         Raises:
             DivergedError: the weights are no longer finite.
         """
-        if self.guide is None or self.settings.signature == "gradient":
+        if self.guide is None or self.settings.signature in GRADIENTS:
             return None
         live = torch.cat([p.reshape(-1) for p in self.parameters]).float()
         if self.settings.signature == "lora_delta":
@@ -209,23 +265,35 @@ class TreeLora(Method):
         """For gradient signatures: update the running mean and add Eq. 3's term to the gradient.
 
         The signature is detached, so the penalty has no usable first derivative; its gradient is
-        taken as weight * sign(mean gradient - target), which sets the Hessian to the identity.
+        taken as weight * sign(gradient - target), which sets the Hessian to the identity. With
+        ``gradient`` the mean so far is compared with the stored means; with ``query`` this step's
+        gradient with the same rows' gradient under the chosen task's adapter, which is the target.
         """
-        if self.settings.signature != "gradient":
+        if self.settings.signature not in GRADIENTS:
             return
         gradient = torch.cat([_gradient(p).reshape(-1) for p in self.parameters]).float()
         self.gradients += 1
         self.mean_gradient += (gradient - self.mean_gradient) / self.gradients
         if self.guide is None:
             return
-        target, self.observed = self.guide.pull(self.mean_gradient)
         weights = self.guide.weights * self._ramp(step)
-        change = sign_gradient(self.mean_gradient, target, weights)
+        if self.settings.signature == "query":
+            target, self.observed = self.guide.ask(gradient, partial(self._under, step))
+            change = sign_gradient(gradient, target, weights)
+        else:
+            target, self.observed = self.guide.pull(self.mean_gradient)
+            change = sign_gradient(self.mean_gradient, target, weights)
         at = 0
         for parameter in self.parameters:
             part = change[at : at + parameter.numel()].view_as(parameter)
             parameter.grad = _gradient(parameter) + part.to(parameter.dtype)
             at += parameter.numel()
+
+    def _under(self, step: StepContext, arm: int) -> Tensor:
+        """Return the gradient of this step's rows under an earlier task's adapter, [F]."""
+        found = step.gradient_under(self.snapshots[arm]())
+        by_parameter = dict(zip(map(id, self.model.parameters()), found, strict=True))
+        return torch.cat([by_parameter[id(p)].reshape(-1) for p in self.parameters]).float()
 
     def after_step(self, step: StepContext) -> dict[str, Any]:
         """Report the arms pulled and their distances."""
@@ -238,11 +306,9 @@ class TreeLora(Method):
             DivergedError: the signature is not finite.
         """
         moved = self._weights() - self.origin
-        signature = {
-            "lora_a": self.origin + moved,
-            "lora_delta": moved,
-            "gradient": self.mean_gradient,
-        }[self.settings.signature]
+        signature = {"lora_a": self._weights(), "lora_delta": moved}.get(
+            self.settings.signature, self.mean_gradient
+        )
         displacement = block_means(moved.abs(), self.bank.widths)
         alone = SignatureBank.empty(self.bank.widths).add(task.name, signature, displacement)
         self.bank = self.bank.add(task.name, signature, displacement)
@@ -251,8 +317,16 @@ class TreeLora(Method):
             self.tree, self.bank, split=tree.split, block_rule=tree.block, rebuild=tree.rebuild
         )
         document = to_document(self.tree, self.bank, self.settings.signature, self.settings.factors)
-        info = {} if self.guide is None else {"bandit": self.guide.search.statistics()}
-        return TaskMemory(info=info, tree=TreeRecord(document, to_tensors(alone)))
+        info: dict[str, Any] = {}
+        if self.guide is not None:
+            info["bandit"] = self.guide.search.statistics()
+        if self.group:
+            info["started_from"] = [self.bank.names[member] for member in self.group]
+        tensors = {} if self.group_start is None else self.group_start.end(task.name)
+        if self.group_start is not None or self.settings.signature == "query":
+            snapshot = self.model.snapshot()
+            self.snapshots.append(lambda: snapshot)
+        return TaskMemory(tensors, info, TreeRecord(document, to_tensors(alone)))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return where the task began, the running mean and the bandit's statistics."""

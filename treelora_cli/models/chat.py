@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any, Literal
 
 from treelora_cli.conversation import Turn
@@ -10,6 +11,10 @@ from treelora_cli.errors import DataError, UsageError
 
 _QUESTION, _ANSWER = "questionTREELORA", "answerTREELORA"
 _MEND = "use --set data.format=plain, or a base that was tuned for chat and brings a template"
+
+# Some templates write the day into the prompt. A run must not depend on when it is resumed; this
+# is the day that the templates of Llama 3 take where no clock is given.
+_TODAY = datetime(2024, 7, 26)
 
 Span = tuple[int, int]
 
@@ -62,7 +67,10 @@ class ChatTemplate:
         messages = [{"role": turn.role, "content": turn.text} for turn in turns]
         try:
             rendered = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=opens_answer
+                messages,
+                tokenize=False,
+                add_generation_prompt=opens_answer,
+                strftime_now=_TODAY.strftime,
             )
         except Exception as error:
             # Templates are programs of their own: they raise what Jinja raises, and what they like.

@@ -135,12 +135,9 @@ class Problems:
         if len(lines) > 1:
             cut = f", the first {len(lines)} of them" if self.count > len(lines) else ""
             lines = [f"{self.count} problems in the data{cut}:", *(f"  {line}" for line in lines)]
-        raise DataError("\n".join(lines), self._hint or self._way_out())
-
-    def _way_out(self) -> str:
-        if not self._rows_are_bad:
-            return ""
-        return "mend the rows, or leave them out: treelora prepare --on-bad-row skip|quarantine"
+        way_out = "or leave bad rows out: treelora prepare --on-bad-row skip|quarantine"
+        hints = [self._hint or "mend the rows", way_out] if self._rows_are_bad else [self._hint]
+        raise DataError("\n".join(lines), "; ".join(hints))
 
 
 def count_reasons(rows: Iterable[BadRow]) -> dict[str, int]:

@@ -156,7 +156,8 @@ def check_out(out: Path, sources: Sequence[Path | str]) -> None:
     here = out.resolve()
     for source in sources:
         there = Path(str(source).removeprefix(PREFIX)).resolve()
-        if here == there or here in there.parents:
+        # A hub id may look like a path below the output folder.
+        if there.exists() and (here == there or here in there.parents):
             raise UsageError(
                 f"--out {out} would replace the source {source}", "give another folder"
             )
