@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -340,7 +341,8 @@ def test_a_damaged_adapter_is_refused(treelora, tiny_model, toy_data, tmp_path) 
         assert "Traceback" not in outcome.err
 
 
-def test_eval_own_latest_and_one_task(treelora, reference) -> None:
+def test_eval_own_latest_and_one_task(treelora, reference, tmp_path) -> None:
+    reference = Path(shutil.copytree(reference, tmp_path / "run"))  # new cells are stored
     own = json.loads(treelora("eval", reference, "--adapter", "own", "--json").out)["cells"]
     assert [(cell["after"], cell["task"]) for cell in own] == [(n, n) for n in TASKS.split(",")]
     before = {cell["task"]: cell["score"] for cell in own}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
 from typing import Any, Literal
 
 from treelora_cli.conversation import Turn
@@ -12,9 +11,14 @@ from treelora_cli.errors import DataError, UsageError
 _QUESTION, _ANSWER = "questionTREELORA", "answerTREELORA"
 _MEND = "use --set data.format=plain, or a base that was tuned for chat and brings a template"
 
-# Some templates write the day into the prompt. A run must not depend on when it is resumed; this
-# is the day that the templates of Llama 3 take where no clock is given.
-_TODAY = datetime(2024, 7, 26)
+# Some templates write the day into the prompt; a run must not depend on when it is resumed. This is
+# the day that the templates of Llama 3 take where no clock is given.
+_FIXED_DAY = (
+    "{% macro strftime_now(format) %}{{ format | replace('%d', '26') | replace('%b', 'Jul') "
+    "| replace('%B', 'July') | replace('%m', '07') | replace('%Y', '2024') "
+    "| replace('%A', 'Friday') | replace('%H', '12') | replace('%M', '00') "
+    "| replace('%S', '00') }}{% endmacro %}"
+)
 
 Span = tuple[int, int]
 
@@ -43,6 +47,8 @@ class ChatTemplate:
             raise UsageError(
                 f"data.format chat: the tokenizer of {name} has no chat template", _MEND
             )
+        template = str(tokenizer.get_chat_template())
+        self._template = (_FIXED_DAY if "strftime_now" in template else "") + template
         question = Turn("user", _QUESTION)
         opening = self._render([question], opens_answer=True)
         whole = self._render([question, Turn("assistant", _ANSWER)], opens_answer=False)
@@ -70,7 +76,7 @@ class ChatTemplate:
                 messages,
                 tokenize=False,
                 add_generation_prompt=opens_answer,
-                strftime_now=_TODAY.strftime,
+                chat_template=self._template,
             )
         except Exception as error:
             # Templates are programs of their own: they raise what Jinja raises, and what they like.
