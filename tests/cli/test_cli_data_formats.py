@@ -41,6 +41,7 @@ def test_one_file_is_trained_and_its_guesses_are_said(tiny_model, mine, tmp_path
     assert done.returncode == 0, done.stderr
     notes = [line for line in done.stderr.splitlines() if line.startswith("note: ")]
     assert notes == [
+        "note: my_task: question -> prompt, answer -> answer",
         "note: my_task: one file, split by a hash of the prompts: train 20, eval 2, test 2",
         "note: my_task: not a known task; accuracy guessed (2 distinct answers)",
         "note: my_task: one space put between prompt and answer",

@@ -20,8 +20,8 @@ from treelora_cli.methods.base import (
 from treelora_cli.methods.treelora import TreeLora, TreeLoraSettings
 from treelora_cli.models.adapted import AdaptedModel
 from treelora_cli.models.backbone import load_backbone
-from treelora_cli.tree.scopes import node_deltas
 from treelora_cli.recipe import BanditSection, LoraSection, ModelSection, TreeSection, build_recipe
+from treelora_cli.tree.scopes import node_deltas
 
 STEPS = 10
 

@@ -139,11 +139,26 @@ def test_whole_exchanges_go_before_words_do(tokenizers, longest, truncate, kept)
     assert len(ids) <= longest
 
 
+def test_a_system_text_is_never_lost(tokenizers) -> None:
+    """This template knows no system turn: its text begins the first turn of the user."""
+    encoder = Encoder(tokenizers["brackets"], 900, 50, chat=True)
+    text = tokenizers["brackets"].decode(encoder.prompt(TALK)[0])
+    assert text.startswith(
+        "<s>[INST] Be brief.\n\nuser 1[/INST] assistant 1</s>[INST] user 2[/INST]"
+    )
+
+
 def test_a_conversation_is_a_transcript_in_plain_format(tokenizers) -> None:
     encoder = Encoder(tokenizers["none"], 900, 50)
     text = tokenizers["none"].decode(encoder.prompt(TALK)[0])
     assert text.startswith("<s>System: Be brief.\nUser: user 1\nAssistant: assistant 1\n")
     assert text.endswith("\nUser: user 4\nAssistant:")
+
+
+def test_the_template_begins_and_takes_no_position_beside_its_own(tokenizers) -> None:
+    Encoder(tokenizers["turns"], 95, 32, positions=128, chat=True)
+    with pytest.raises(UsageError, match="128 positions"):
+        Encoder(tokenizers["turns"], 96, 32, positions=128, chat=True)
 
 
 def test_a_prompt_does_not_depend_on_the_day(tokenizers, monkeypatch) -> None:
@@ -157,8 +172,9 @@ def test_what_cannot_be_rendered_is_refused(tokenizers) -> None:
     with pytest.raises(UsageError, match="has no chat template") as missing:
         Encoder(tokenizers["none"], 100, 50, chat=True)
     assert "data.format=plain" in missing.value.hint
-    with pytest.raises(DataError, match=r"system, user.*roles must alternate"):
-        Encoder(tokenizers["brackets"], 900, 50, chat=True).prompt(TALK)
+    twice = Conversation([Turn("user", "a"), Turn("user", "b")])
+    with pytest.raises(DataError, match=r"user, user.*roles must alternate"):
+        Encoder(tokenizers["brackets"], 900, 50, chat=True).prompt(twice)
     with pytest.raises(UsageError, match="nothing is left for the prompt") as short:
         Encoder(tokenizers["turns"], 18, 50, chat=True).prompt("a long question " * 9)
     assert "--set data.max_prompt_tokens=" in short.value.hint

@@ -27,7 +27,8 @@ class ChatTemplate:
     """A tokenizer's chat template, taken apart at the answer.
 
     The begin token is the template's matter: rendered text is tokenised without special tokens, so
-    it stands there once if the template writes it, and never twice.
+    it stands there once if the template writes it, and never twice. Where a template knows no
+    system turn, its text begins the user's first one.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -61,6 +62,16 @@ class ChatTemplate:
         self._suffix = between if between.strip() else ""
         self.lead = "" if between.strip() else between
         self.end = self._turn_end(after)
+        self._folds_system = not self._takes_system()
+
+    def _takes_system(self) -> bool:
+        try:
+            rendered = self._render(
+                [Turn("system", _ANSWER), Turn("user", _QUESTION)], opens_answer=True
+            )
+        except DataError:
+            return False
+        return _ANSWER in rendered
 
     def _turn_end(self, after: str) -> int:
         tokenizer = self._tokenizer
@@ -94,6 +105,8 @@ class ChatTemplate:
 
     def prompt_ids(self, turns: Sequence[Turn]) -> list[int]:
         """Return the tokens of a whole prompt, up to where the assistant's text begins."""
+        if self._folds_system:
+            turns = fold_system(turns)
         return self.ids(self._render(turns, opens_answer=True) + self._suffix)
 
     def fit(
@@ -165,6 +178,16 @@ def cut_text(
     head = keep // 2 if truncate == "middle" else 0
     start = spans[head - 1][1] if head else 0
     return text[:start] + text[max(start, spans[len(spans) - (keep - head)][0]) :]
+
+
+def fold_system(turns: Sequence[Turn]) -> list[Turn]:
+    """Put system texts before the user's first text, for templates that know no system turn."""
+    system = [turn.text for turn in turns if turn.role == "system"]
+    rest = [turn for turn in turns if turn.role != "system"]
+    at = next((at for at, turn in enumerate(rest) if turn.role == "user"), None)
+    if at is not None and system:
+        rest[at] = Turn("user", "\n\n".join([*system, rest[at].text]))
+    return rest
 
 
 def _exchanges(turns: Sequence[Turn]) -> tuple[list[Turn], list[list[Turn]]]:

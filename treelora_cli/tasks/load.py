@@ -77,8 +77,10 @@ def load_tasks(names: Sequence[str], data: Path | str | None) -> list[Task]:
                 raise UsageError(f"no built-in task {name!r}", did_you_mean(name, known))
         return [miniature.load(name) for name in names]
     loaded = load_found(detect(data), names)
-    for note in (note for one in loaded for note in one.notes):
-        log.info("%s", note)
+    for one in loaded:
+        mapped = [f"{one.task.name}: {one.mapped}"] if one.layout in {PLAIN, DATASET} else []
+        for note in (*mapped, *one.notes):
+            log.info("%s", note)
     return [one.task for one in loaded]
 
 
