@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, toy_rows, write_task
+from support import ROOT, toy_rows, write_task
 
 from treelora_cli.engine.plan import resolve_recipe
 from treelora_cli.errors import UsageError
@@ -54,7 +54,7 @@ def training_cases() -> list[object]:
 @pytest.mark.parametrize("path", training_cases())
 def test_every_recipe_trains(path: Path, treelora, tmp_path, tmp_path_factory) -> None:
     """A few steps of the real command on a tiny checkpoint, every task of the recipe's stream."""
-    from conftest import make_checkpoint
+    from support import make_checkpoint
 
     recipe = load(path)
     model = make_checkpoint(tmp_path / "model", positions=2048)

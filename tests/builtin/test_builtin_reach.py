@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import run_command
+from support import run_command
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

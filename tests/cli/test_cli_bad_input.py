@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from conftest import run_command, toy_arguments, toy_rows, write_task
+from support import run_command, toy_arguments, toy_rows, write_task
 
 MODEL = object()
 
@@ -123,7 +123,7 @@ def test_run_directory_problems(treelora, tiny_model, data, tmp_path) -> None:
 
 
 def test_another_base_is_refused(treelora, tiny_model, data, tmp_path) -> None:
-    from conftest import make_checkpoint
+    from support import make_checkpoint
 
     run = tmp_path / "run"
     assert train(treelora, tiny_model, data, run).code == 0

@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 
 import pytest
-from conftest import make_checkpoint, run_command, toy_arguments
+from support import make_checkpoint, run_command, toy_arguments
 
 from treelora_cli.cli.logs import NotesOnce, PlainFormatter
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_command, toy_arguments
+from support import ROOT, run_command, toy_arguments
 
 from treelora_cli.cli.names import names_from
 from treelora_cli.engine.sweep import plan_sweep

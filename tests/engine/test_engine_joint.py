@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import toy_arguments
 from hypothesis import given
 from hypothesis import strategies as st
+from support import toy_arguments
 
 from treelora_cli.engine.batches import BatchPlan, UnionPlan
 from treelora_cli.report.scoring import Scored, score
@@ -51,7 +51,7 @@ def test_the_union_is_shuffled_across_tasks() -> None:
 
 @pytest.fixture(scope="module")
 def joint(tmp_path_factory, tiny_model: Path, toy_data: Path) -> Path:
-    from conftest import run_command
+    from support import run_command
 
     run = tmp_path_factory.mktemp("joint") / "run"
     epochs = "optim.epochs={alpha: 1, beta: 2, gamma: 2}"

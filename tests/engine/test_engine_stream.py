@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from brute import brute_force_arm
-from conftest import ROOT, run_command, toy_arguments, toy_rows, write_task
+from support import ROOT, run_command, toy_arguments, toy_rows, write_task
 
 from treelora_cli.rundir import checkpoints, faults
 from treelora_cli.rundir.events import read_events

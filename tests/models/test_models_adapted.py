@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_checkpoint
 from peft import PeftModel
+from support import make_checkpoint
 from transformers import AutoModelForCausalLM
 
 from treelora_cli.engine.store import save_adapter

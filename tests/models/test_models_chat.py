@@ -52,7 +52,7 @@ ASCII = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, 
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory: pytest.TempPathFactory):
     """One tokenizer for each template, and one without a template under ``none``."""
-    from conftest import make_tokenizer
+    from support import make_tokenizer
     from transformers import AutoTokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer")

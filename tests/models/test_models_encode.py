@@ -80,6 +80,13 @@ def test_truncation_never_removes_the_answer(
     assert example.truncated == cut
 
 
+def test_an_answer_that_names_the_end_token_does_not_end_there(tokenizer) -> None:
+    example = Encoder(tokenizer, 100, 100).example("What ends a text?", "</s> and <s> do")
+    learned = list(example.tokens[example.answer_start :])
+    assert [at for at, token in enumerate(learned) if token in (1, 2)] == [len(learned) - 1]
+    assert tokenizer.decode(learned[:-1]) == "</s> and <s> do"
+
+
 def test_too_long_for_the_model_is_refused(tokenizer) -> None:
     Encoder(tokenizer, 94, 32, positions=128)
     with pytest.raises(UsageError, match="128 positions") as raised:

@@ -118,8 +118,10 @@ class Encoder:
                 f"e.g. --set data.max_prompt_tokens={fits}",
             )
 
-    def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+    def _ids(self, text: str, *, literal: bool = False) -> list[int]:
+        """Return a text's tokens; ``literal`` spells out what looks like a special token."""
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=literal)
+        return list(ids["input_ids"])
 
     def prompt(self, text: str) -> tuple[list[int], bool]:
         """Return a prompt's tokens as the model reads them, and whether it was cut.
@@ -147,7 +149,9 @@ class Encoder:
             separator: the text between them; in a chat the template says what stands there.
         """
         read, prompt_cut = self.prompt(prompt)
-        learned = self._ids((separator if self.chat is None else self.chat.lead) + answer)
+        lead = separator if self.chat is None else self.chat.lead
+        # An end token within an answer would teach the model to stop there.
+        learned = self._ids(lead + answer, literal=True)
         answer_cut = len(learned) > self.max_answer_tokens
         learned = [*learned[: self.max_answer_tokens], self.end]
         return Example((*read, *learned), len(read), prompt_cut or answer_cut)
