@@ -141,3 +141,10 @@ def test_eval_asks_every_task_of_the_one_adapter(treelora, joint: Path) -> None:
     outcome = treelora("eval", joint, "--adapter", "own")
     assert outcome.code == 2
     assert "trained at once" in outcome.err
+
+
+def test_markdown_shows_the_one_row_there_is(treelora, joint: Path) -> None:
+    lines = treelora("report", joint, "--format", "md").out.splitlines()
+    rows = [line for line in lines if line.startswith(("| 1 alpha |", "| 2 beta", "| 3 gamma"))]
+    assert len(rows) == 1
+    assert rows[0].startswith("| 3 gamma |")

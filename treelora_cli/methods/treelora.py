@@ -70,8 +70,9 @@ class TreeLoraSettings(MethodSettings):
     )
     signature: Literal["lora_a", "lora_delta", "gradient", "query"] = Field(
         "lora_a",
-        description="live weights, their change within the task, the mean gradient, or the "
-        "paper's literal gradient of the present rows under an earlier adapter",
+        description="live weights (with start=continue they favour the last task, for weights "
+        "drift), their change within the task, the mean gradient, or the paper's literal gradient "
+        "of the present rows under an earlier adapter",
     )
     factors: Literal["A", "AB"] = Field("A", description="LoRA matrices that make the signature")
     start: Literal["continue", "fresh", "group"] = Field(

@@ -154,6 +154,8 @@ def _matrix(report: RunReport) -> str:
     head = ["after", *(str(number) for number in range(1, len(report.tasks) + 1))]
     rows = [["zero shot", *(percent(task.zero_shot, 1) for task in report.tasks)]]
     for i, row in enumerate(report.matrix):
+        if report.joint and all(score is None for score in row):
+            continue
         cells = [_cell(score, i, j) for j, score in enumerate(row)]
         rows.append([f"{i + 1} {escaped(report.tasks[i].label)}", *cells])
     return table(head, rows)
