@@ -148,3 +148,25 @@ def test_names_from_a_pipe_and_what_does_not_go_with_it(tiny_model, toy_data, tm
     for more in (["--dry-run"], ["--seeds", "1"], ["--set", "eval.when=last"]):
         done = run_command(*arguments, *more, stdin="")
         assert done.returncode == 2, done.stderr
+
+
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "treelora_cli", "--version"],
+        capture_output=True, text=True, check=False, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert done.stdout.startswith("treelora ")
+
+
+COMMANDS = ["prepare", "train-stream", "tree show", "eval", "report", "methods", "recipes",
+            "builtin path", "builtin export", "builtin pretrain"]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_shows_an_example_and_json(treelora, command: str) -> None:
+    outcome = treelora(*command.split(), "--help")
+    assert outcome.code == 0
+    first = outcome.out.split("Options")[0]
+    assert f"treelora {command}" in first.split("Usage")[-1].split("\n", 1)[1]
+    assert "--json" in outcome.out

@@ -19,7 +19,10 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document.
 
 @app.command("path")
 def path(json_output: JsonFlag = False) -> None:
-    """Print the folder of the shipped base; it can be given to --model."""
+    """Print the folder of the shipped base; it can be given to --model.
+
+    [bold]treelora train-stream --model "$(treelora builtin path)" --data my_tasks[/bold]
+    """
     from treelora_cli.models.pretrain import shipped_base
 
     folder = shipped_base()
@@ -40,7 +43,10 @@ def export(
     ] = None,
     json_output: JsonFlag = False,
 ) -> None:
-    """Write the miniature tasks as files in TRACE's layout (TASK/train.json and so on)."""
+    """Write the miniature tasks as files in TRACE's layout (TASK/train.json and so on).
+
+    [bold]treelora builtin export --out mini --tasks FOMC,ScienceQA[/bold]
+    """
     from treelora_cli.tasks import miniature
     from treelora_cli.tasks.miniature.export import write_trace
 
@@ -67,7 +73,10 @@ def pretrain(
     seed: Annotated[int | None, typer.Option(help="Names the text and the first weights.")] = None,
     json_output: JsonFlag = False,
 ) -> None:
-    """Pre-train a tiny base on generated text, the way the shipped one was made."""
+    """Pre-train a tiny base on generated text, the way the shipped one was made.
+
+    [bold]treelora builtin pretrain --out base --tokens 6000000 --seed 7[/bold]
+    """
     from dataclasses import replace
 
     from rich.progress import Progress
