@@ -170,3 +170,19 @@ def test_every_command_shows_an_example_and_json(treelora, command: str) -> None
     first = outcome.out.split("Options")[0]
     assert f"treelora {command}" in first.split("Usage")[-1].split("\n", 1)[1]
     assert "--json" in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "2000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_waiting_threads_spin_briefly_unless_told_otherwise(
+    treelora, monkeypatch, given: dict[str, str], expected: str | None
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # restored afterwards, whatever the command sets
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert treelora("--version").code == 0
+    assert os.environ.get("GOMP_SPINCOUNT") == expected
