@@ -163,5 +163,5 @@ def _document(run: RunDir, at: str | None, option: str = "--at") -> dict[str, An
         )
     raise RunDirError(
         f"{run.path} holds no gradient tree",
-        f"method {run.info.method} makes none, or its first task is not finished yet",
+        f"no task is finished yet, or method {run.info.method} makes no tree",
     )
