@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -147,3 +149,23 @@ def test_pad_prompts() -> None:
     ids, mask = pad_prompts([[1, 2, 3], [4]], pad=0)
     assert ids.tolist() == [[1, 2, 3], [0, 0, 4]]
     assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+def test_the_models_own_generation_settings_do_not_leak_in(tiny_model: Path, tmp_path) -> None:
+    """Hub models bring sampling, penalties and lengths, and transformers fills them in for us."""
+    settings = {
+        "do_sample": True, "temperature": 5.0, "top_k": 50, "repetition_penalty": 9.0,
+        "no_repeat_ngram_size": 1, "min_new_tokens": 8, "max_length": 4,
+        "bad_words_ids": [[5]], "suppress_tokens": [6, 7], "begin_suppress_tokens": [8],
+        "forced_eos_token_id": 2,
+    }  # fmt: skip
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "opinionated"))
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    prompts = ["a", "What is the colour?", "zz zz zz"]
+    answers = []
+    for place in (tiny_model, folder):
+        backbone = load_backbone(ModelSection(name=str(place), device="cpu"))
+        model = AdaptedModel(backbone, LoraSection(rank=4), 0)
+        encoder = Encoder(backbone.tokenizer, 100, 8)
+        answers.append(generate(model, encoder, prompts, 8, 2))
+    assert answers[0] == answers[1]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from treelora_cli.errors import DataError, EnvironmentProblem, TreeloraError
@@ -82,6 +82,9 @@ def load_backbone(section: ModelSection) -> Backbone:
         ) from None
     model.requires_grad_(False)
     model.eval()
+    # transformers fills what a generation config leaves open from the model's own, which may hold
+    # sampling, penalties or lengths; scores must not depend on them.
+    model.generation_config = GenerationConfig()
     model.to(device)
     return Backbone(
         model=model,

@@ -47,7 +47,7 @@ def _forward_parameters(adapted: AdaptedModel) -> frozenset[str]:
 def generation_config(
     adapted: AdaptedModel, max_new_tokens: int, stops: Sequence[int]
 ) -> GenerationConfig:
-    """Greedy decoding that owes nothing to the model's own generation settings.
+    """Greedy decoding; the model's own generation settings were dropped when it was loaded.
 
     Args:
         adapted: the model.
