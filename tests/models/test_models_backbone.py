@@ -113,3 +113,15 @@ def test_absent_device_and_package() -> None:
     if backbone.importlib.util.find_spec("flash_attn") is None:
         with pytest.raises(EnvironmentProblem, match="flash-attn"):
             choose_attention("flash_attention_2", cpu, torch.float32)
+
+
+def test_an_automatic_choice_of_attention_falls_back(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FlashAttention may be importable and still refuse the model or the machine."""
+    monkeypatch.setattr(backbone, "choose_attention", lambda *given: "flash_attention_2")
+    assert load(tiny_model).model.config._attn_implementation == "sdpa"
+    with pytest.raises(EnvironmentProblem):
+        load_backbone(
+            ModelSection(name=str(tiny_model), device="cpu", attention="flash_attention_2")
+        )

@@ -67,7 +67,14 @@ def load_backbone(section: ModelSection) -> Backbone:
     options = {"revision": section.revision} if section.revision else {}
     attention = choose_attention(section.attention, device, dtype)
     try:
-        model = _load_model(source, dtype, attention, options)
+        try:
+            model = _load_model(source, dtype, attention, options)
+        except (ImportError, ValueError):
+            # Our own choice may not suit the architecture or the installed build; the user's must.
+            if attention is None or section.attention != "auto":
+                raise
+            logger.info("no %s for %s, using the model's default", attention, source)
+            model = _load_model(source, dtype, None, options)
         tokenizer = load_tokenizer(source, options)
     except TreeloraError:
         raise
