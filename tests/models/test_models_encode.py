@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -94,6 +95,18 @@ def test_too_long_for_the_model_is_refused(tokenizer) -> None:
     with pytest.raises(UsageError, match="128 positions") as raised:
         Encoder(tokenizer, 95, 32, positions=128)
     assert "max_prompt_tokens=94" in raised.value.hint
+
+
+@pytest.mark.parametrize("positions", [8, 64, 512, 1024, 1100])
+def test_the_lengths_proposed_do_fit(tokenizer, positions: int) -> None:
+    """The defaults (1024 + 512) are too long for small models; following the hint must help."""
+    with pytest.raises(UsageError) as raised:
+        Encoder(tokenizer, 1024, 512, positions=positions)
+    proposed = dict(re.findall(r"data\.(\w+)=(\d+)", raised.value.hint))
+    lengths = {"max_prompt_tokens": 1024, "max_answer_tokens": 512}
+    lengths |= {key: int(value) for key, value in proposed.items()}
+    Encoder(tokenizer, *lengths.values(), positions=positions)
+    assert lengths["max_prompt_tokens"] >= positions // 4
 
 
 def test_collate_pads_left_and_counts_positions() -> None:

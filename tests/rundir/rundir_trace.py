@@ -6,6 +6,15 @@ from collections.abc import Callable
 
 from treelora_cli.rundir import faults
 
+FILE_STEPS = [
+    "file.tmp-opened",
+    "file.half-written",
+    "file.tmp-written",
+    "file.synced",
+    "file.replaced",
+    "file.folder-synced",
+]
+
 
 def trace(work: Callable[[], object]) -> list[tuple[str, int]]:
     """The points in order, each with the number of the passage."""

@@ -9,21 +9,13 @@ import signal
 from pathlib import Path
 
 import pytest
-from rundir_trace import trace
+from rundir_trace import FILE_STEPS, trace
 
 from treelora_cli.errors import EnvironmentProblem, RunDirError
 from treelora_cli.rundir import atomic, faults
 from treelora_cli.rundir.files import LEFTOVER, sibling
 from treelora_cli.rundir.manifest import MANIFEST, verify
 
-FILE_STEPS = [
-    "file.tmp-opened",
-    "file.half-written",
-    "file.tmp-written",
-    "file.synced",
-    "file.replaced",
-    "file.folder-synced",
-]
 MANIFEST_STEPS = [(point, 1) for point in FILE_STEPS]
 NEW_STEPS = [
     ("atomic.tmp-made", 1),

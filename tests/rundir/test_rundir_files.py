@@ -8,20 +8,12 @@ import signal
 from pathlib import Path
 
 import pytest
-from rundir_trace import trace
+from rundir_trace import FILE_STEPS, trace
 
 from treelora_cli.errors import EnvironmentProblem, RunDirError
 from treelora_cli.rundir import atomic
 from treelora_cli.rundir.files import LEFTOVER
 
-FILE_STEPS = [
-    "file.tmp-opened",
-    "file.half-written",
-    "file.tmp-written",
-    "file.synced",
-    "file.replaced",
-    "file.folder-synced",
-]
 DONE_FILE = {"file.replaced", "file.folder-synced"}
 
 

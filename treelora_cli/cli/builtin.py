@@ -21,7 +21,8 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document.
 def path(json_output: JsonFlag = False) -> None:
     """Print the folder of the shipped base; it can be given to --model.
 
-    [bold]treelora train-stream --model "$(treelora builtin path)" --data my_tasks[/bold]
+    [bold]treelora train-stream --recipe trace-small --tasks FOMC --data mini
+    --model "$(treelora builtin path)"[/bold]
     """
     from treelora_cli.models.pretrain import shipped_base
 

@@ -111,11 +111,11 @@ class Encoder:
         self.truncate = truncate
         needed = len(self.bos) + max_prompt_tokens + max_answer_tokens + 1
         if positions is not None and needed > positions:
-            fits = max(1, positions - (needed - max_prompt_tokens))
             raise UsageError(
-                f"data.max_prompt_tokens {max_prompt_tokens} + answer {max_answer_tokens} + begin "
-                f"and end tokens = {needed}, but the model has {positions} positions",
-                f"e.g. --set data.max_prompt_tokens={fits}",
+                f"data.max_prompt_tokens {max_prompt_tokens} + data.max_answer_tokens "
+                f"{max_answer_tokens} + begin and end tokens = {needed}, but the model has "
+                f"{positions} positions",
+                f"e.g. {_lengths_that_fit(positions - len(self.bos) - 1, max_answer_tokens)}",
             )
 
     def _ids(self, text: str, *, literal: bool = False) -> list[int]:
@@ -155,6 +155,15 @@ class Encoder:
         answer_cut = len(learned) > self.max_answer_tokens
         learned = [*learned[: self.max_answer_tokens], self.end]
         return Example((*read, *learned), len(read), prompt_cut or answer_cut)
+
+
+def _lengths_that_fit(room: int, answer: int) -> str:
+    """Return the settings to try: a shorter prompt, or both where the answer takes most of it."""
+    if room - answer >= room // 4:
+        return f"--set data.max_prompt_tokens={room - answer}"
+    answer = max(1, room // 4)
+    prompt = max(1, room - answer)
+    return f"--set data.max_prompt_tokens={prompt} --set data.max_answer_tokens={answer}"
 
 
 def encoder_for(tokenizer: Any, data: DataSection, positions: int | None) -> Encoder:
