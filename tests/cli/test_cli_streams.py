@@ -186,3 +186,18 @@ def test_waiting_threads_spin_briefly_unless_told_otherwise(
         monkeypatch.setenv(name, value)
     assert treelora("--version").code == 0
     assert os.environ.get("GOMP_SPINCOUNT") == expected
+
+
+def test_other_libraries_warnings_are_not_the_users_business() -> None:
+    import logging
+
+    from treelora_cli.cli.logs import ours_or_errors
+
+    def record(name: str, level: int) -> logging.LogRecord:
+        return logging.LogRecord(name, level, __file__, 1, "text", None, None)
+
+    assert ours_or_errors(record("treelora", logging.INFO))
+    assert ours_or_errors(record("treelora.tasks", logging.WARNING))
+    assert not ours_or_errors(record("huggingface_hub.utils._http", logging.WARNING))
+    assert not ours_or_errors(record("treelorable", logging.WARNING))
+    assert ours_or_errors(record("huggingface_hub", logging.ERROR))

@@ -125,3 +125,10 @@ def test_an_automatic_choice_of_attention_falls_back(
         load_backbone(
             ModelSection(name=str(tiny_model), device="cpu", attention="flash_attention_2")
         )
+
+
+def test_a_hub_out_of_reach() -> None:
+    """The tests run with HF_HUB_OFFLINE=1: what is not cached cannot be had."""
+    with pytest.raises(DataError, match="nobody/nothing") as raised:
+        load("nobody/nothing-of-the-kind")
+    assert "network" in raised.value.hint

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from treelora_cli.cli.names import names_from
 from treelora_cli.cli.output import print_json, stderr, stdout, write_out
 
 app = typer.Typer(
@@ -51,7 +52,7 @@ def export(
     from treelora_cli.tasks import miniature
     from treelora_cli.tasks.miniature.export import write_trace
 
-    names = [name.strip() for name in tasks.split(",") if name.strip()] or list(miniature.NAMES)
+    names = names_from(tasks) or list(miniature.NAMES)
     chosen = miniature.DEFAULT_SEED if seed is None else seed
     files = write_trace(out, [miniature.load(name, seed=chosen) for name in names])
     if json_output:

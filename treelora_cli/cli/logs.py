@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
 
@@ -12,14 +13,27 @@ def set_up_logging(*, debug: bool) -> None:
     Args:
         debug: everything, with level and origin.
     """
+    if not debug:
+        # Both print through handlers of their own; the variables are read when they are imported.
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     handler = logging.StreamHandler(sys.stderr)
     if debug:
         handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
     else:
         handler.setFormatter(PlainFormatter())
+        handler.addFilter(ours_or_errors)
         handler.addFilter(NotesOnce())
     logging.basicConfig(level=logging.DEBUG if debug else logging.ERROR, handlers=[handler])
     logging.getLogger("treelora").setLevel(logging.DEBUG if debug else logging.INFO)
+
+
+def ours_or_errors(record: logging.LogRecord) -> bool:
+    """Say whether a record is our own, or another library's error.
+
+    A library's logger may have a level of its own, which the root logger's does not lift.
+    """
+    return record.name.partition(".")[0] == "treelora" or record.levelno >= logging.ERROR
 
 
 class PlainFormatter(logging.Formatter):

@@ -66,7 +66,11 @@ def load_backbone(section: ModelSection) -> Backbone:
     check_folder(source)
     options = {"revision": section.revision} if section.revision else {}
     attention = choose_attention(section.attention, device, dtype)
+    if not Path(source).is_dir():
+        logger.info("model %s: taken from the hub, or from its cache", source)
     try:
+        # The small file first: a hub out of reach is waited for once, not once for every file.
+        AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
         try:
             model = _load_model(source, dtype, attention, options)
         except (ImportError, ValueError):
@@ -84,8 +88,7 @@ def load_backbone(section: ModelSection) -> Backbone:
         ) from None
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and more
         raise DataError(
-            f"model {source!r} cannot be loaded: {one_line(error)}",
-            "give a hub id or a folder with config.json, *.safetensors and a tokenizer",
+            f"model {source!r} cannot be loaded: {one_line(error)}", loading_hint(error)
         ) from None
     model.requires_grad_(False)
     model.eval()
@@ -101,6 +104,14 @@ def load_backbone(section: ModelSection) -> Backbone:
         builtin=section.name is None,
         device=device,
     )
+
+
+def loading_hint(error: Exception) -> str:
+    """Say what to do about a model that cannot be loaded."""
+    text = str(error).lower()
+    if "connect" in text or "offline" in text:
+        return "check the id and the network, or give a folder that holds the model"
+    return "give a hub id or a folder with config.json, *.safetensors and a tokenizer"
 
 
 def source_of(section: ModelSection) -> str:

@@ -16,6 +16,7 @@ from treelora_cli.models.backbone import (
     choose_device,
     choose_dtype,
     load_tokenizer,
+    loading_hint,
     one_line,
     source_of,
 )
@@ -76,8 +77,7 @@ def outline(section: ModelSection, lora: LoraSection) -> Outline:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and more
         raise DataError(
-            f"model {source!r} cannot be outlined: {one_line(error)}",
-            "give a hub id or a folder with config.json and *.safetensors",
+            f"model {source!r} cannot be outlined: {one_line(error)}", loading_hint(error)
         ) from None
     parameters = sum(parameter.numel() for parameter in model.parameters())
     with torch.device("meta"), explain_targets():
