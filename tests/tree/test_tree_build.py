@@ -22,7 +22,13 @@ from treelora_cli.tree.build import (
 )
 from treelora_cli.tree.nodes import GradientTree
 from treelora_cli.tree.signatures import SignatureBank
-from treelora_cli.tree.splits import SPLITS, _power_coordinates, axis_share, principal
+from treelora_cli.tree.splits import (
+    SPLITS,
+    _iterated_coordinates,
+    axis_share,
+    axis_shares,
+    principal,
+)
 
 RULES = ("principal", "paper", "official")
 
@@ -227,7 +233,7 @@ def test_principal_cuts_at_the_widest_gap_of_the_middle_half() -> None:
 def test_principal_axis_of_many_tasks_and_entries(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = synthetic.clusters(1, n=40, groups=2)
     exact = principal(problem.bank.values)
-    monkeypatch.setattr("treelora_cli.tree.splits._EXACT_SIZE", 8)
+    monkeypatch.setattr("treelora_cli.tree.sampling.EXACT_TASKS", 8)
     iterated = principal(problem.bank.values)
     assert (exact.left, exact.right) == (iterated.left, iterated.right)
     monkeypatch.undo()
@@ -240,7 +246,7 @@ def test_principal_axis_of_many_tasks_and_entries(monkeypatch: pytest.MonkeyPatc
 def test_power_iteration_finds_the_axis() -> None:
     rng = torch.Generator().manual_seed(0)
     rows = torch.randn(30, 20, generator=rng) * torch.linspace(2, 0.1, 20)
-    along = np.array(_power_coordinates(rows - rows.mean(0)))
+    along = np.array(_iterated_coordinates(rows - rows.mean(0)))
     largest = np.linalg.svd((rows - rows.mean(0)).double().numpy(), compute_uv=False)[0]
     assert (along**2).sum() == pytest.approx(largest**2, rel=1e-3)
 
@@ -253,6 +259,20 @@ def test_axis_share_is_one_by_chance_whatever_the_shape() -> None:
         grouped = noise + 3 * (torch.arange(n) % 2).unsqueeze(1)
         assert axis_share(grouped) > 1.5
         assert axis_share(1000 * grouped) == pytest.approx(axis_share(grouped), rel=1e-4)
+
+
+def test_shares_of_all_blocks_at_once_are_those_of_each() -> None:
+    rng = torch.Generator().manual_seed(0)
+    widths = (7, 3, 12)
+    for n in (2, 3, 9, 40):
+        blocks = [torch.randn(n, width, generator=rng) * (1 + width) for width in widths]
+        blocks[1][:] = 0.3
+        filled = torch.zeros(3, n, 12, dtype=torch.float64)
+        for d, block in enumerate(blocks):
+            filled[d, :, : widths[d]] = block
+        found = axis_shares(filled, torch.tensor(widths))
+        assert found == pytest.approx([axis_share(block) for block in blocks], rel=1e-5)
+        assert found[1] == 0
 
 
 def test_spread_finds_the_block_that_tells_tasks_apart() -> None:

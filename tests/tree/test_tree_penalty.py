@@ -77,6 +77,11 @@ def test_the_root_guides_the_first_block_and_the_leaf_the_last() -> None:
     assert torch.equal(target[-32:], bank.values[5, -32:])
 
 
+def pulled(live: torch.Tensor, target: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The penalty of one live parameter."""
+    return l1_penalty(live.detach().float().reshape(-1), target, weights, [live])
+
+
 def test_weights_make_lambda_mean_the_same() -> None:
     moved = torch.tensor([0.5, 1.0, 2.0, 4.0])
     weights = block_weights(0.3, 0.5, WIDTHS, moved)
@@ -85,12 +90,12 @@ def test_weights_make_lambda_mean_the_same() -> None:
     # Every entry one mean displacement away: the penalty is lambda * ramp.
     target = torch.zeros(14)
     away = expand(moved, WIDTHS)
-    assert float(l1_penalty(away, target, expand(weights, WIDTHS))) == pytest.approx(0.15)
+    assert float(pulled(away, target, expand(weights, WIDTHS))) == pytest.approx(0.15)
     # A backbone of another size and scale: the same.
     wide = tuple(100 * width for width in WIDTHS)
     weights = block_weights(0.3, 0.5, wide, 1e-3 * moved)
     away = expand(1e-3 * moved, wide)
-    assert float(l1_penalty(away, 0 * away, expand(weights, wide))) == pytest.approx(0.15)
+    assert float(pulled(away, 0 * away, expand(weights, wide))) == pytest.approx(0.15)
 
 
 @pytest.mark.parametrize("nothing", [0.0, math.nan, math.inf, 1e-12])
@@ -121,7 +126,7 @@ def test_gradient_is_the_closed_form_and_the_finite_difference(seed: int) -> Non
     live[equal] = target[equal]
     live.requires_grad_()
     weights = expand(block_weights(0.5, 0.7, WIDTHS, torch.rand(4, generator=rng) + 0.1), WIDTHS)
-    l1_penalty(live, target, weights).backward()
+    pulled(live, target, weights).backward()
     gradient = live.grad
     assert gradient is not None
     assert (gradient[equal] == 0).all()
@@ -148,24 +153,37 @@ def test_gradient_is_the_closed_form_and_the_finite_difference(seed: int) -> Non
 def test_a_step_down_the_gradient_comes_nearer() -> None:
     live = torch.tensor([1.0, -2.0, 0.5], requires_grad=True)
     target, weights = torch.zeros(3), torch.ones(3)
-    before = l1_penalty(live, target, weights)
+    before = pulled(live, target, weights)
     before.backward()
     with torch.no_grad():
-        after = l1_penalty(live - 0.1 * live.grad, target, weights)
+        after = pulled(live - 0.1 * live.grad, target, weights)
     assert float(after) == pytest.approx(float(before.detach()) - 0.3)
 
 
 def test_a_live_half_precision_signature_is_compared_in_float32() -> None:
     live = torch.tensor([1.0, 2.0], dtype=torch.bfloat16, requires_grad=True)
-    value = l1_penalty(live, torch.tensor([1.001, 2.0]), torch.ones(2))
+    value = pulled(live, torch.tensor([1.001, 2.0]), torch.ones(2))
     assert value.dtype == torch.float32
     assert float(value.detach()) == pytest.approx(0.001, rel=1e-3)
+
+
+def test_the_gradient_reaches_each_parameter_in_its_shape_and_dtype() -> None:
+    one = torch.tensor([[1.0, -2.0], [0.5, 3.0]], requires_grad=True)
+    two = torch.tensor([1.0, 2.0, -1.0], dtype=torch.bfloat16, requires_grad=True)
+    both = torch.cat([one.detach().reshape(-1), two.detach().float()])
+    target, weights = torch.tensor([0.0, 0, 1, 3, 2, 2, 2]), torch.arange(1.0, 8.0)
+    value = 0.5 * l1_penalty(both, target, weights, [one, two])
+    value.backward()
+    assert float(value.detach()) == pytest.approx(0.5 * (1 + 4 + 3 * 0.5 + 0 + 5 + 0 + 7 * 3))
+    assert one.grad.tolist() == [[0.5, -1.0], [-1.5, 0.0]]
+    assert two.grad.tolist() == [-2.5, 0.0, -3.5]
+    assert two.grad.dtype == torch.bfloat16
 
 
 def test_targets_are_constants() -> None:
     target = torch.zeros(2, requires_grad=True)
     live = torch.ones(2, requires_grad=True)
-    l1_penalty(live, target, torch.ones(2)).backward()
+    pulled(live, target, torch.ones(2)).backward()
     assert target.grad is None
 
 

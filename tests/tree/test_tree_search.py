@@ -24,6 +24,7 @@ from treelora_cli.tree.search import (
     RandomSearch,
     TreeSearch,
 )
+from treelora_cli.tree.synthetic import smooth_tree
 
 Log = list[tuple[int, float]]
 
@@ -347,21 +348,7 @@ def test_unknown_choices_are_usage_errors() -> None:
 
 def balanced(depth: int) -> GradientTree:
     """A full tree without signatures, 2 ** depth arms."""
-    from treelora_cli.tree.nodes import Node
-
-    nodes: list[Node] = []
-
-    def grow(tasks: range, level: int, parent: int | None) -> int:
-        at = len(nodes)
-        nodes.append(Node(at, parent, (), tuple(tasks), level, None, None, None, 0, 0, 0))
-        if len(tasks) > 1:
-            half = len(tasks) // 2
-            children = (grow(tasks[:half], level + 1, at), grow(tasks[half:], level + 1, at))
-            nodes[at] = Node(at, parent, children, tuple(tasks), level, "paper", 0, 0, 0, 0, 0)
-        return at
-
-    grow(range(2**depth), 0, None)
-    return GradientTree(tuple(nodes), "paper", "index")
+    return smooth_tree(0, 2**depth, 0.5).tree
 
 
 def test_a_step_renews_the_path_and_its_siblings_only(monkeypatch: pytest.MonkeyPatch) -> None:

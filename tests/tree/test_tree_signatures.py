@@ -77,7 +77,6 @@ def test_block_scope_pull_takes_each_blocks_own_arm(n: int, widths: list[int], s
     arms = [(seed + d) % n for d in range(len(widths))]
     table = bank.scaled_distances(query, scales)
     expected = [float(table[arm, d]) for d, arm in enumerate(arms)]
-    assert bank.block_xi(query, arms, scales).tolist() == pytest.approx(expected, rel=1e-5)
     if len(widths) > 1:
         assert bank.pull(query, arms, scales).tolist() == pytest.approx(expected, rel=1e-5)
     one = bank.pull(query, [arms[0]], scales)
@@ -109,6 +108,7 @@ def test_chunked_and_whole_distances_agree(monkeypatch: pytest.MonkeyPatch) -> N
     bank, query = random_bank(7, [3, 5], 3)
     whole, mean = bank.block_distances(query), bank.mean([0, 2, 5])
     monkeypatch.setattr("treelora_cli.tree.signatures._CHUNK_ENTRIES", 16)
+    monkeypatch.setattr("treelora_cli.tree.signatures._COMPARED_ENTRIES", 16)
     assert torch.equal(bank.block_distances(query), whole)
     assert torch.allclose(bank.mean([0, 2, 5]), mean)
 
@@ -149,15 +149,20 @@ def test_what_is_not_finite_is_refused(bad: float) -> None:
     scales = bank.scales()
     query[3] = bad
     for call in (
-        lambda: bank.xi(query, 1, scales),
         lambda: bank.xi_all(query, scales),
-        lambda: bank.block_xi(query, [0, 1], scales),
-        lambda: bank.block_distances(query, [2]),
         lambda: bank.add("new", query, torch.ones(2)),
         lambda: bank.add("new", torch.zeros(5), torch.tensor([1.0, bad])),
     ):
         with pytest.raises(DivergedError):
             call()
+    # A step does not ask; the search that gets the feedback does.
+    for arms in ([1], [0, 1]):
+        assert not torch.isfinite(bank.pull(query, arms, scales)).all()
+    huge = SignatureBank.empty((1,))
+    for i in range(2):
+        huge = huge.add(f"h{i}", torch.tensor([3e38]), torch.ones(1))
+    with pytest.raises(DivergedError):
+        huge.scales()
 
 
 def test_shapes_and_names_are_checked() -> None:

@@ -18,7 +18,6 @@ Run as a script to print the table that the defaults were chosen by:
 from __future__ import annotations
 
 import math
-import random
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from treelora_cli.tree import synthetic as smooth_synthetic
 from treelora_cli.tree.build import build_tree
 from treelora_cli.tree.nodes import GradientTree
 from treelora_cli.tree.scopes import DEFAULT_C, DEFAULT_DELTA, node_deltas
@@ -118,14 +118,10 @@ def make(kind: str, problem: Problem, c: float, delta: str, split: str, rule: st
 
 def play(search: Search, problem: Problem, steps: int, seed: int) -> list[int]:
     """Return the arms pulled in `steps` steps."""
-    xis, deviation = problem.xis(), problem.deviation()
-    noise = random.Random(seed)
-    arms = []
-    for _ in range(steps):
-        arm = search.choose(lambda: torch.tensor(xis))
-        search.update(arm, xis[arm] + noise.gauss(0, deviation))
-        arms.append(arm)
-    return arms
+    xis = problem.xis()
+    return smooth_synthetic.play(
+        search, xis, problem.deviation() / (max(xis) - min(xis)), steps, seed
+    )
 
 
 def hits(arms: list[int], right: frozenset[int]) -> float:
@@ -135,10 +131,8 @@ def hits(arms: list[int], right: frozenset[int]) -> float:
 
 
 def regret(arms: list[int], problem: Problem) -> float:
-    """Mean over the pulls of xi above the best arm's, in units of the range of xi, times pulls."""
-    xis = problem.xis()
-    best, worst = min(xis), max(xis)
-    return sum(xis[arm] - best for arm in arms) / (worst - best)
+    """Total over the pulls of xi above the best arm's, in units of the range of xi."""
+    return smooth_synthetic.regret(arms, problem.xis())
 
 
 def purity(tree: GradientTree, labels: tuple[int, ...]) -> float:

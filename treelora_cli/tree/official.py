@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from treelora_cli.errors import DivergedError
-from treelora_cli.tree.build import member_distances
-from treelora_cli.tree.nodes import GradientTree, Node
+from treelora_cli.tree.groups import member_distances
+from treelora_cli.tree.nodes import GradientTree, Group
 from treelora_cli.tree.signatures import SignatureBank
 
 GUARD = 1e-5
@@ -250,34 +250,18 @@ def as_gradient_tree(root: OfficialNode, bank: SignatureBank) -> GradientTree:
         bank: the features the tree was built on, one block a row.
     """
     scales = bank.scales()
-    nodes: list[Node] = []
-    children: dict[int, list[int]] = {}
-    pending: list[tuple[OfficialNode, int | None]] = [(root, None)]
-    while pending:
-        official, parent = pending.pop()
-        at, cut = len(nodes), bool(official.children)
+
+    def grouped(official: OfficialNode) -> Group:
+        cut = bool(official.children)
         spans = member_distances(bank, official.tasks, scales).mean(1)
-        rule = "index" if official.by_position else "official"
-        nodes.append(
-            Node(
-                id=at,
-                parent=parent,
-                children=(),
-                tasks=tuple(sorted(official.tasks)),
-                depth=official.depth,
-                split=rule if cut else None,
-                block=official.depth if cut else None,
-                threshold=None if official.by_position else official.median,
-                radius=float(spans.max()),
-                median=float(spans.double().quantile(0.5)),
-                spread=0.0,
-            )
+        return Group(
+            tuple(sorted(official.tasks)),
+            tuple(grouped(child) for child in official.children),
+            split=("index" if official.by_position else "official") if cut else None,
+            block=official.depth if cut else None,
+            threshold=None if official.by_position else official.median,
+            radius=float(spans.max()),
+            median=float(spans.double().quantile(0.5)),
         )
-        if parent is not None:
-            children.setdefault(parent, []).append(at)
-        pending.extend((child, at) for child in reversed(official.children))
-    return GradientTree(
-        tuple(replace(node, children=tuple(children.get(node.id, ()))) for node in nodes),
-        "official",
-        "index",
-    )
+
+    return GradientTree(grouped(root), "official", "index")

@@ -6,16 +6,14 @@ into as many xi, ``update`` takes them back, and ``PathTargets`` takes ``paths()
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from treelora_cli.errors import RunDirError, UsageError, did_you_mean
-from treelora_cli.tree.build import member_distances
+from treelora_cli.tree.deltas import DELTAS, node_deltas
 from treelora_cli.tree.nodes import GradientTree
 from treelora_cli.tree.search import (
     ExhaustiveSearch,
@@ -28,14 +26,10 @@ from treelora_cli.tree.signatures import SignatureBank
 
 SEARCHES = ("tree", "flat", "random", "exhaustive")
 SCOPES = ("model", "block")
-DELTAS = ("observed", "median", "bound")
 
 # Chosen by measurement: tests/tree/tree_synthetic.py prints the table.
 DEFAULT_C = 1.0
 DEFAULT_DELTA = "observed"
-
-# Stored tasks that play the query when delta is observed.
-_OBSERVERS = 16
 
 
 class ScopedSearch:
@@ -147,59 +141,3 @@ def make_search(
         return ScopedSearch([ExhaustiveSearch(arms) for _ in range(count)])
     deltas = node_deltas(tree, bank, delta, scope)
     return ScopedSearch([TreeSearch(tree, c, one) for one in deltas])
-
-
-def node_deltas(
-    tree: GradientTree, bank: SignatureBank, delta: str, scope: str = "model"
-) -> list[list[float]]:
-    """Return how far the mean of a node may lie above its best member, for every search.
-
-    ``bound`` is never too small (triangle inequality) but so wide in many dimensions that most
-    tasks get pulled once; ``median`` has no such promise. ``observed`` measures the very thing:
-    up to 16 stored tasks, evenly spaced, play the query, and delta is the largest difference
-    between the mean and the least xi of the node's other members that any of them sees.
-
-    Args:
-        tree: the tree over the bank's tasks.
-        bank: the stored signatures.
-        delta: ``observed``, ``median`` or ``bound``.
-        scope: ``model`` or ``block``.
-
-    Returns:
-        one list (``model``) or D lists (``block``) of a delta for every node id, in the unit of
-        the search's xi.
-    """
-    scales = bank.scales()
-    if delta == "observed":
-        queries = range(0, len(bank), -(-len(bank) // _OBSERVERS))
-        seen = torch.stack([bank.scaled_distances(bank.values[q], scales) for q in queries])
-        seen = seen.mean(2, keepdim=True) if scope == "model" else seen
-        columns = [_observed(seen, list(queries), node.tasks) for node in tree.nodes]
-    elif scope == "model":
-        columns = [[2 * node.radius if delta == "bound" else node.median] for node in tree.nodes]
-    else:
-        spans = [member_distances(bank, node.tasks, scales).T.tolist() for node in tree.nodes]
-        columns = [
-            [2 * max(span) if delta == "bound" else statistics.median(span) for span in node]
-            for node in spans
-        ]
-    return [list(column) for column in zip(*columns, strict=True)]
-
-
-def _observed(seen: Tensor, queries: list[int], tasks: tuple[int, ...]) -> list[float]:
-    """Return the largest mean - min over a node's members other than the query, per column.
-
-    Args:
-        seen: [Q, N, columns], xi of each query to every task.
-        queries: Q task indices.
-        tasks: the node's members.
-    """
-    own = torch.tensor(queries).unsqueeze(1) == torch.tensor(tasks)
-    others = len(tasks) - own.sum(1)
-    if not bool(others.any()):
-        return [0.0] * seen.shape[2]
-    found = seen[:, list(tasks)]
-    mean = found.masked_fill(own.unsqueeze(2), 0.0).sum(1) / others.clamp(min=1).unsqueeze(1)
-    least = found.masked_fill(own.unsqueeze(2), float("inf")).amin(1)
-    gaps: list[float] = (mean - least)[others > 0].amax(0).clamp(min=0).tolist()
-    return gaps

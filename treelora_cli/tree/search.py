@@ -64,16 +64,18 @@ class _Pulls:
     Args:
         kind: name of the search, checked when a state is loaded.
         slots: number of counters (arms, or nodes of a tree).
+        known: the deviation of the feedback where it is known; None: the running one.
     """
 
-    def __init__(self, kind: str, slots: int) -> None:
+    def __init__(self, kind: str, slots: int, known: float | None = None) -> None:
         if slots < 1:
             raise ValueError("a search needs at least one arm")
         self.kind = kind
+        self._known = known
         self.pulls = [0] * slots
         self.sums = [0.0] * slots
         self.total = 0
-        self.sigma = 0.0
+        self.sigma = known or 0.0
         self.last: int | None = None
         self._mean = 0.0
         self._squares = 0.0
@@ -92,7 +94,7 @@ class _Pulls:
         gap = xi - self._mean
         self._mean += gap / self.total
         self._squares += gap * (xi - self._mean)
-        if self.total & (self.total - 1):
+        if self._known is not None or self.total & (self.total - 1):
             return False
         self.sigma = math.sqrt(max(self._squares, 0.0) / self.total)
         return True
@@ -140,8 +142,8 @@ class _Pulls:
 class _Base:
     """The parts of ``Search`` that do not depend on the rule."""
 
-    def __init__(self, kind: str, slots: int) -> None:
-        self._seen = _Pulls(kind, slots)
+    def __init__(self, kind: str, slots: int, sigma: float | None = None) -> None:
+        self._seen = _Pulls(kind, slots, sigma)
 
     def path(self) -> tuple[int, ...]:
         """Return an empty path: there is no tree."""
@@ -176,11 +178,14 @@ class TreeSearch(_Base):
         tree: the tree over the arms.
         c: width of the confidence interval in units of sigma (the paper's 2).
         deltas: how far the mean of a node may lie above its best member, by node id, in the unit
-            of xi; see ``scopes``.
+            of xi; see ``deltas``.
+        sigma: the deviation of the noise where it is known; None: the running one of all xi.
     """
 
-    def __init__(self, tree: GradientTree, c: float, deltas: Sequence[float]) -> None:
-        super().__init__("tree", len(tree.nodes))
+    def __init__(
+        self, tree: GradientTree, c: float, deltas: Sequence[float], sigma: float | None = None
+    ) -> None:
+        super().__init__("tree", len(tree.nodes), sigma)
         if len(deltas) != len(tree.nodes):
             raise ValueError("one delta for every node of the tree")
         self._tree = tree
@@ -258,10 +263,11 @@ class FlatSearch(_Base):
     Args:
         arms: number of arms N.
         c: width of the confidence interval in units of sigma.
+        sigma: as for ``TreeSearch``.
     """
 
-    def __init__(self, arms: int, c: float) -> None:
-        super().__init__("flat", arms)
+    def __init__(self, arms: int, c: float, sigma: float | None = None) -> None:
+        super().__init__("flat", arms, sigma)
         self._c = c
         self._means = np.full(arms, -math.inf)
         self._counts = np.ones(arms)

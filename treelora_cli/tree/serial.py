@@ -86,7 +86,7 @@ def from_document(document: object) -> GradientTree:
     for node in nodes:
         if node.block is not None and not (isinstance(blocks, int) and node.block < blocks):
             raise _damaged(f"node {node.id} was cut by block {node.block} of {blocks}")
-    return GradientTree(tuple(nodes), str(split), str(rule))
+    return GradientTree.of_nodes(nodes, str(split), str(rule))
 
 
 def to_tensors(bank: SignatureBank) -> dict[str, Tensor]:

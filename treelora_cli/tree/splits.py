@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Up to this many tasks (or entries) the principal axis comes from an exact decomposition.
-_EXACT_SIZE = 512
-_POWER_STEPS = 50
+from treelora_cli.tree import sampling
+
+# Passes over a large group's entries that refine the axis found from a sample of them.
+_POWER_STEPS = 3
 _COLUMNS = 1 << 14
 
 # Coordinates are compared in steps of this share of their range.
@@ -67,7 +68,8 @@ def principal(rows: Tensor) -> Cut:
         for size in range(-(-n // 4), 3 * n // 4 + 1)
     }
     # Two gaps that are equal may differ by a step at either end.
-    widest = [size for size, gap in gaps.items() if gap >= max(gaps.values()) - 2]
+    least = max(gaps.values()) - 2
+    widest = [size for size, gap in gaps.items() if gap >= least]
     size = min(widest, key=lambda m: (abs(2 * m - n), m))
     below, above = along[order[size - 1]], along[order[size]]
     return _sides(order[:size], order[size:], (below + above) / 2)
@@ -137,6 +139,26 @@ def axis_share(rows: Tensor) -> float:
     return first / variance / by_chance
 
 
+def axis_shares(blocks: Tensor, widths: Tensor) -> list[float]:
+    """Return ``axis_share`` of the same tasks at D blocks, all at once.
+
+    Args:
+        blocks: float64 [D, n, W], n >= 2; a block of fewer entries than W is filled up with zeros.
+        widths: [D], the number of entries of each block.
+    """
+    n, width = blocks.shape[1:]
+    centred = blocks - blocks.mean(1, keepdim=True)
+    variance = centred.square().sum((1, 2))
+    equal = variance <= _ROUNDING**2 * blocks.square().sum((1, 2))
+    first = variance
+    if n > 2:
+        gram = centred @ centred.mT if n <= width else centred.mT @ centred
+        first = torch.linalg.eigvalsh(gram)[:, -1]
+    by_chance = (widths.double().rsqrt() + (n - 1) ** -0.5).square().clamp(max=1)
+    shares: list[float] = torch.where(equal, 0.0, first / variance / by_chance).tolist()
+    return shares
+
+
 SPLITS: dict[str, Callable[[Tensor], Cut]] = {
     "principal": principal,
     "paper": paper,
@@ -168,8 +190,8 @@ def _principal_coordinates(centred: Tensor) -> list[float]:
     if n == 2:
         half = float(centred[0].double().norm())
         return [-half, half]
-    if min(n, width) > _EXACT_SIZE:
-        return _power_coordinates(centred)
+    if n > sampling.EXACT_TASKS:
+        return _iterated_coordinates(centred)
     if n <= width:
         gram = torch.zeros(n, n, dtype=torch.float64)
         for start in range(0, width, _COLUMNS):
@@ -184,13 +206,20 @@ def _principal_coordinates(centred: Tensor) -> list[float]:
     return along
 
 
-def _power_coordinates(centred: Tensor) -> list[float]:
-    """Approximate the projections by power iteration from the longest row (no random start)."""
-    axis = centred[int(centred.norm(dim=1).argmax())]
+def _iterated_coordinates(centred: Tensor) -> list[float]:
+    """Approximate the projections: exact for a sample of the entries, then power iteration.
+
+    The start is the principal axis of evenly spaced entries (or the longest row where those do
+    not differ), so a few passes over all entries do; nothing is drawn at random.
+    """
+    columns, _ = sampling.some_entries((centred.shape[1],), sampling.ENTRIES)
+    some = centred[:, columns].double()
+    _, vectors = torch.linalg.eigh(some.T @ some)
+    along = (some @ vectors[:, -1]).float()
+    if not bool(along.any()):
+        along = centred @ centred[int(centred.norm(dim=1).argmax())]
     for _ in range(_POWER_STEPS):
-        length = axis.norm()
-        if float(length) == 0.0:
-            break
-        axis = centred.T @ (centred @ (axis / length))
-    along: list[float] = (centred @ (axis / axis.norm().clamp(min=1e-30))).double().tolist()
-    return along
+        axis = along @ centred
+        along = centred @ (axis / axis.norm().clamp(min=1e-30))
+    coordinates: list[float] = along.double().tolist()
+    return coordinates
