@@ -116,7 +116,7 @@ def test_the_papers_streams_and_their_matched_budgets(name: str) -> None:
         ({"optim": {"lr": -1}}, ["optim.lr", "greater than 0", "got -1"]),
         ({"optim": {"lr": "fast"}}, ["optim.lr", "number", "'fast'"]),
         ({"lora": {"rank": 0}}, ["lora.rank", "greater than 0"]),
-        ({"optim": {"batch_size": 9, "micro_batch_size": 4}}, ["not a multiple"]),
+        ({"optim": {"micro_batch_tokens": 0}}, ["optim.micro_batch_tokens", "greater than 0"]),
         ({"bandit": {"search": "trees"}}, ["bandit.search", "'tree'"]),
         ({"stream": 3}, ["stream", "got 3"]),
     ],

@@ -1,7 +1,7 @@
 """The recipe: every setting of a run, typed, checked and told apart by name.
 
 A recipe is a YAML file with the sections ``model, stream, data, optim, lora, method, bandit, tree,
-eval``. Later layers win: defaults, recipe file, ``--set section.key=value``, flags. The
+storage, eval``. Later layers win: defaults, recipe file, ``--set section.key=value``, flags. The
 ``method`` section holds the method's name and that method's own settings.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from treelora_cli.errors import UsageError, did_you_mean
 
@@ -74,7 +74,17 @@ class OptimSection(Section):
     lr: Annotated[float, Field(gt=0)] = 1e-4
     epochs: Positive | dict[str, Positive] = Field(1, description="a number, or task: number")
     batch_size: Positive = Field(32, description="rows an optimizer step")
-    micro_batch_size: Positive = Field(8, description="rows a forward pass; the rest accumulates")
+    micro_batch_size: Positive = Field(32, description="most rows a forward pass")
+    micro_batch_tokens: Positive | None = Field(
+        8192,
+        description="most tokens a forward pass, padding counted; a step's rows are grouped by "
+        "length into as many passes as that takes, and their gradients add up; nothing: no limit",
+    )
+    packing: bool = Field(
+        False,
+        description="a forward pass reads its rows as one sequence without padding; each row sees "
+        "itself alone",
+    )
     warmup_steps: int = Field(0, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     final_lr: Fraction = Field(0.0, description="share of lr left at the end of a task")
@@ -126,16 +136,51 @@ class TreeSection(Section):
 
     split: Literal["principal", "paper", "official"] = "principal"
     block: Literal["spread", "index"] = "spread"
-    rebuild: Literal["always", "unbalanced"] = "always"
+    rebuild: Literal["auto", "always", "unbalanced"] = Field(
+        "auto",
+        description="a new task: built anew up to 256 tasks, then inserted; always built anew; "
+        "always inserted, and rebuilt where out of balance",
+    )
+
+
+class StorageSection(Section):
+    """How finished tasks' adapters are kept."""
+
+    form: Literal["dense", "delta"] = Field(
+        "dense",
+        description="delta: a task whose method leaves most entries equal to earlier adapters "
+        "(treelora with method.form=proximal) is stored as the entries that differ, where that is "
+        "smaller; it reads back bit for bit",
+    )
+    max_adapters: Annotated[int, Field(ge=2)] | None = Field(
+        None,
+        description="most adapters kept, the newest included, which is never merged; beyond it the "
+        "two nearest are merged into the mean of their weight changes; nothing: no limit",
+    )
 
 
 class EvalSection(Section):
     """When and how tasks are scored."""
 
-    when: Literal["all", "last", "none"] = Field(
-        "all", description="after every task, after the last only, never"
+    when: Literal["all", "ends", "last", "none"] = Field(
+        "all",
+        description="all tasks so far after every task; each when it is learned and all after the "
+        "last, which is enough for OP and BWT; all after the last only; never",
     )
-    batch_size: Positive = 32
+    split: Literal["test", "eval"] = Field(
+        "test", description="the rows that are scored; settings are chosen on eval"
+    )
+    scoring: Literal["greedy", "likelihood"] = Field(
+        "greedy",
+        description="generate every answer, or take the likeliest label where a task has a closed "
+        "set of them",
+    )
+    batch_size: Positive = Field(64, description="most rows a batch; changes no score")
+    batch_tokens: Positive | None = Field(
+        32768,
+        description="most tokens a batch, padding and the longest answer counted; changes no "
+        "score; nothing: no limit",
+    )
     zero_shot: bool = Field(True, description="score each task before any training (for FWT)")
     before: bool = Field(True, description="score each task just before its training (for FWT)")
 
@@ -151,19 +196,11 @@ class Recipe(Section):
     method: MethodSection = MethodSection()
     bandit: BanditSection = BanditSection()
     tree: TreeSection = TreeSection()
+    storage: StorageSection = StorageSection()
     eval: EvalSection = EvalSection()
     limit: Positive | None = Field(
         None, description="a quick look: so many train and evaluation rows a task"
     )
-
-    @model_validator(mode="after")
-    def _check_batches(self) -> Recipe:
-        micro, batch = self.optim.micro_batch_size, self.optim.batch_size
-        if batch > micro and batch % micro:
-            raise ValueError(
-                f"optim.batch_size {batch} is not a multiple of optim.micro_batch_size {micro}"
-            )
-        return self
 
     def epochs_of(self, task: str) -> int:
         """Return a task's epochs.
@@ -355,7 +392,8 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
     The tasks may grow, and the places of model and data may move: their contents are compared by
     fingerprint elsewhere.
     """
-    free = {"stream.tasks", "model.name", "data.path"}
+    free = {"stream.tasks", "model.name", "data.path", "eval.batch_size", "eval.batch_tokens"}
+    free |= {"storage.form"}
     left, right = _flat(old.to_dict()), _flat(new.to_dict())
     return [
         f"{key}: {left.get(key)!r} -> {right.get(key)!r}"

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from treelora_cli.engine.batches import BatchPlan
+from treelora_cli.engine.forwards import Forwards
 from treelora_cli.engine.training import TaskTrainer
 from treelora_cli.errors import DivergedError, RunDirError, UsageError
 from treelora_cli.methods.base import StepContext, StoredTask, StreamContext, TaskContext
 from treelora_cli.methods.treelora_official import OfficialSettings, TreeLoraOfficial
 from treelora_cli.models.adapted import AdaptedModel
 from treelora_cli.models.backbone import load_backbone
-from treelora_cli.models.encode import Encoder, Example, collate
+from treelora_cli.models.encode import Encoder, Example
 from treelora_cli.models.forward import answer_loss
 from treelora_cli.recipe import BanditSection, LoraSection, ModelSection, OptimSection, TreeSection
 from treelora_cli.tree.official import OfficialSearch
@@ -131,22 +132,21 @@ def test_the_engine_adds_it_to_every_forward_pass(
     given = examples(model)
     optim = OptimSection(lr=1e-3, batch_size=4, micro_batch_size=2, grad_clip=0, epochs=2)
     plan = BatchPlan(len(given), 4, 2, 5)
-    rounds = plan.forwards_per_epoch(2)
+    forwards = Forwards(given, plan, optim, 0)
+    rounds = forwards.per_epoch()
     assert rounds == 3  # rows 2 + 2, then 2
     context = TaskContext(3, "task3", plan.steps, plan.steps_per_epoch, 11, rounds)
     method.begin_task(context)
-    trainer = TaskTrainer(model, method, context, given, plan, optim)
+    trainer = TaskTrainer(model, method, context, forwards, optim)
     weights, results = [model.snapshot()], []
-    trainer.run(lambda result: (weights.append(model.snapshot()), results.append(result)))
+    trainer.run(results.append, lambda: weights.append(model.snapshot()))
 
     at = 0
     for step in range(plan.steps):
         model.restore(weights[step])
         model.peft.zero_grad()
-        chosen = plan.rows(step)
-        batches = [
-            collate([given[n] for n in chosen[m : m + 2]], 0) for m in range(0, len(chosen), 2)
-        ]
+        batches = forwards.of(step)
+        assert sorted(batch.input_ids.shape[0] for batch in batches) == [2] * len(batches)
         tokens = sum(batch.answer_tokens for batch in batches)
         whole, penalty = torch.zeros(()), 0.0
         for batch in batches:

@@ -105,6 +105,7 @@ def test_penalty_and_gradient_are_the_equation(
     method.begin_task(task(3))
     origin = flat(model)
     move(model, 9, 0.02)
+    method.after_step(step(number - 1))  # the exhaustive search looks at the weights after a step
     live = flat(model) if signature == "lora_a" else flat(model) - origin
 
     widths = model.block_widths("A")
@@ -137,8 +138,9 @@ def test_penalty_and_gradient_are_the_equation(
         gradient.append(weight * torch.sign(block(live, d) - goal))
 
     value = method.penalty(step(number))
-    assert method.after_step(step(number))["arms"] == [chosen]
-    assert method.after_step(step(number))["xi"] == pytest.approx([distance[chosen]], rel=1e-4)
+    seen = method.after_step(step(number))
+    assert seen["arms"] == [chosen]
+    assert seen["xi"].read() == pytest.approx([distance[chosen]], rel=1e-4)
     assert value.item() == pytest.approx(expected, rel=1e-4)
     value.backward()
     found = torch.cat([p.grad.reshape(-1) for p in model.signature_parameters("A")])
@@ -192,6 +194,7 @@ def test_lora_a_distances_favour_the_last_task_where_deltas_do_not(model: Adapte
             method.end_task(task(index))
         method.begin_task(task(4))
         move(model, 0)  # moves exactly as task 0 did
+        method.after_step(step(0))
         method.penalty(step(1))
         return method.after_step(step(1))["arms"][0]
 
@@ -208,12 +211,13 @@ def test_a_checkpoint_inside_a_task_goes_on_as_if_nothing_had_been(
     method.begin_task(task(5))
     base = model.snapshot()
 
-    def walk(method: TreeLora, numbers: range) -> list[tuple[object, float]]:
+    def walk(method: TreeLora, numbers: range) -> list[tuple[object, ...]]:
         seen = []
         for number in numbers:
             move(model, 50 + number, 0.01)
             value = method.penalty(step(number)).item()
-            seen.append((method.after_step(step(number)), value))
+            shown = method.after_step(step(number))
+            seen.append((shown["arms"], shown["xi"].read(), value))
         return seen
 
     head = walk(method, range(4))
@@ -241,10 +245,29 @@ def test_live_arms_are_those_of_equation_2(model: AdaptedModel, delta: str) -> N
         move(model, 200 + number, 0.02)
         method.penalty(step(min(number, STEPS - 1)))
         seen = method.after_step(step(number))
-        expected = brute_force_arm(method.tree, deltas, log, 0.5)
+        # A step's task is chosen when the step before has ended, from feedback older than that.
+        expected = brute_force_arm(method.tree, deltas, log[:-1], 0.5)
         assert seen["arms"] == [expected], f"pull {number}"
-        log.append((seen["arms"][0], seen["xi"][0]))
+        log.append((seen["arms"][0], seen["xi"].read()[0]))
     assert len({arm for arm, _ in log}) > 1
+
+
+def test_all_feedback_has_been_learned_when_the_task_ends(model: AdaptedModel) -> None:
+    method = make(model, {"search": "flat"})
+    train(method, model, 3)
+    method.begin_task(task(3))
+    seen = []
+    for number in range(5):
+        move(model, 300 + number, 0.02)
+        method.penalty(step(number))
+        seen.append(method.after_step(step(number)))
+    statistics = method.end_task(task(3)).info["bandit"][0]
+    assert statistics["total"] == 5
+    for arm in range(3):
+        found = [shown["xi"].read()[0] for shown in seen if shown["arms"] == [arm]]
+        assert statistics["pulls"][arm] == len(found)
+        mean = sum(found) / len(found) if found else None
+        assert statistics["means"][arm] == (pytest.approx(mean) if found else None)
 
 
 def test_settings_of_a_method_are_checked() -> None:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treelora_cli.engine.batches import BatchPlan
+from treelora_cli.engine.forwards import Forwards
 from treelora_cli.engine.gradients import first_gradient, gradient_under, mean_gradient
 from treelora_cli.errors import UsageError
 from treelora_cli.methods._starts import GroupStart, group_of, mean_change
@@ -19,7 +20,13 @@ from treelora_cli.models.adapted import AdaptedModel
 from treelora_cli.models.backbone import load_backbone
 from treelora_cli.models.encode import Encoder, collate
 from treelora_cli.models.forward import answer_loss
-from treelora_cli.recipe import BanditSection, LoraSection, ModelSection, TreeSection
+from treelora_cli.recipe import (
+    BanditSection,
+    LoraSection,
+    ModelSection,
+    OptimSection,
+    TreeSection,
+)
 
 
 @pytest.fixture
@@ -102,7 +109,7 @@ def context(model, examples, index: int, first: int) -> TaskContext:
     plan = BatchPlan(2, 2, 4, index)
 
     def probe(steps: int) -> list[torch.Tensor]:
-        return first_gradient(model, mine, plan, 2, steps)
+        return first_gradient(model, Forwards(mine, plan, OptimSection(), 0), steps)
 
     return TaskContext(index, f"task{index}", 4, 1, 100 + index, 1, probe)
 
@@ -212,7 +219,7 @@ def test_query_compares_the_same_rows_under_an_earlier_adapter(model, examples, 
     ]  # fmt: skip
     if search == "exhaustive":
         assert arm == min(range(3), key=distance.__getitem__)
-    assert seen["xi"][0] == pytest.approx(distance[arm], rel=1e-4)
+    assert seen["xi"].read() == pytest.approx([distance[arm]], rel=1e-4)
     expected = now + method.guide.weights * 0.5 * torch.sign(now - under[arm])
     found = torch.cat([p.grad.reshape(-1) for p in model.signature_parameters("A")])
     torch.testing.assert_close(found, expected)

@@ -29,11 +29,6 @@ class RowPlan(ABC):
         """Return the epoch, from 0, that a step belongs to."""
         return step // self.steps_per_epoch
 
-    def forwards_per_epoch(self, micro_batch_size: int) -> int:
-        """Return the forward passes of one epoch, each of so many rows at the most."""
-        sizes = (len(self.rows(step)) for step in range(self.steps_per_epoch))
-        return sum(-(-size // micro_batch_size) for size in sizes)
-
 
 class BatchPlan(RowPlan):
     """The order of rows over all epochs of one task.

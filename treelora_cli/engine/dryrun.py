@@ -131,10 +131,13 @@ def _planned(task: Task, recipe: Recipe, encoder: Encoder, status: str) -> Plann
 
 
 def _memory(sizes: Outline, recipe: Recipe, tasks: tuple[PlannedTask, ...]) -> int:
-    """Weights, adapter with gradients and Adam moments, and the logits of one micro-batch.
+    """Weights, adapter with gradients and Adam moments, and the logits of one forward pass.
 
     Activations of the layers are left out: they depend on kernels. The estimate is a lower bound.
     """
-    answer = min(recipe.data.max_answer_tokens, max(task.longest for task in tasks)) + 1
-    logits = recipe.optim.micro_batch_size * answer * len(sizes.tokenizer) * 4 * 2
+    optim, longest = recipe.optim, max(task.longest for task in tasks)
+    answer = min(recipe.data.max_answer_tokens, longest) + 1
+    fitting = max(1, (optim.micro_batch_tokens or longest * optim.batch_size) // longest)
+    rows = min(optim.micro_batch_size, optim.batch_size, fitting)
+    logits = rows * answer * len(sizes.tokenizer) * 4 * 2
     return sizes.training_bytes + logits

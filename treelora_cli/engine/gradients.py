@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from treelora_cli.engine.batches import RowPlan
+from treelora_cli.engine.forwards import Forwards
 from treelora_cli.models.adapted import AdaptedModel, Snapshot
-from treelora_cli.models.encode import Batch, Example, collate
+from treelora_cli.models.encode import Batch
 from treelora_cli.models.forward import answer_loss
-
-
-def step_batches(
-    examples: Sequence[Example], plan: RowPlan, step: int, size: int, pad: int
-) -> Iterator[Batch]:
-    """Yield the micro-batches of an optimizer step.
-
-    Args:
-        examples: the training rows.
-        plan: which rows each step sees.
-        step: from 0.
-        size: rows a micro-batch.
-        pad: the padding token's id.
-    """
-    rows = plan.rows(step)
-    for start in range(0, len(rows), size):
-        yield collate([examples[row] for row in rows[start : start + size]], pad)
 
 
 def mean_gradient(adapted: AdaptedModel, batches: Sequence[Batch]) -> list[Tensor]:
@@ -69,19 +52,13 @@ def gradient_under(
         adapted.restore(live)
 
 
-def first_gradient(
-    adapted: AdaptedModel, examples: Sequence[Example], plan: RowPlan, size: int, steps: int
-) -> list[Tensor]:
+def first_gradient(adapted: AdaptedModel, forwards: Forwards, steps: int) -> list[Tensor]:
     """Return ``mean_gradient`` of the rows of a task's first steps.
 
     Args:
         adapted: the model.
-        examples: the training rows.
-        plan: which rows each step sees.
-        size: rows a micro-batch.
+        forwards: the task's batches.
         steps: how many steps' rows; at most the task's own.
     """
-    pad = adapted.backbone.tokenizer.pad_token_id
-    chosen = range(min(steps, plan.steps))
-    batches = [batch for step in chosen for batch in step_batches(examples, plan, step, size, pad)]
-    return mean_gradient(adapted, batches)
+    chosen = range(min(steps, forwards.plan.steps))
+    return mean_gradient(adapted, [batch for step in chosen for batch in forwards.of(step)])

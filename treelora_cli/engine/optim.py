@@ -15,9 +15,13 @@ from treelora_cli.recipe import OptimSection
 def build_optimizer(
     parameters: Iterable[torch.nn.Parameter], section: OptimSection
 ) -> torch.optim.AdamW:
-    """Return a new AdamW over the adapter's parameters."""
+    """Return a new AdamW over the adapter's parameters, as one fused kernel."""
     return torch.optim.AdamW(
-        list(parameters), lr=section.lr, betas=section.betas, weight_decay=section.weight_decay
+        list(parameters),
+        lr=section.lr,
+        betas=section.betas,
+        weight_decay=section.weight_decay,
+        fused=True,
     )
 
 

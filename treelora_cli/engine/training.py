@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from treelora_cli.engine.batches import RowPlan
-from treelora_cli.engine.gradients import gradient_under, step_batches
+from treelora_cli.engine.forwards import Forwards
+from treelora_cli.engine.gradients import gradient_under
 from treelora_cli.engine.optim import (
     build_optimizer,
     learning_rate,
@@ -23,18 +24,33 @@ from treelora_cli.engine.optim import (
 from treelora_cli.errors import DivergedError
 from treelora_cli.methods.base import Method, StepContext, TaskContext
 from treelora_cli.models.adapted import AdaptedModel
-from treelora_cli.models.encode import Batch, Example
+from treelora_cli.models.encode import Batch
 from treelora_cli.models.forward import answer_loss
+from treelora_cli.models.readback import Readback
 from treelora_cli.recipe import OptimSection
 from treelora_cli.rundir import faults
 
 ADAPTER, OPTIMIZER, METHOD, RNG = "adapter.", "optimizer.", "method.", "rng."
 
 
+# An accelerator works on while the host reads numbers that are this many steps old.
+LAG = 2
+
+
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one optimizer step did; values are plain numbers."""
+    """What one optimizer step did; values are plain numbers.
 
+    Attributes:
+        step: the step, from 0.
+        loss: mean over the answer tokens, before the step.
+        penalty: what the method added, None where it added nothing.
+        lr: learning rate.
+        tokens: real tokens read.
+        info: what the method reports.
+    """
+
+    step: int
     loss: float
     penalty: float | None
     lr: float
@@ -42,16 +58,43 @@ class StepResult:
     info: dict[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    """A step whose numbers are on their way to the host: loss, gradient norm, perhaps penalty."""
+
+    step: int
+    lr: float
+    tokens: int
+    numbers: Readback
+    info: dict[str, Any]
+
+    def read(self) -> tuple[list[float], StepResult]:
+        numbers = self.numbers.read()
+        penalty = numbers[2] if numbers[2:] else None
+        info = {
+            key: value.read() if isinstance(value, Readback) else value
+            for key, value in self.info.items()
+        }
+        return numbers, StepResult(self.step, numbers[0], penalty, self.lr, self.tokens, info)
+
+
 class TaskTrainer:
     """Trains one task, step by step, from the start or from a checkpoint.
+
+    No step waits for the device: its numbers are read ``LAG`` steps later, so a step that diverges
+    is found out a little late, but before anything is stored.
 
     Args:
         adapted: the model; its live adapter is trained.
         method: already begun on this task.
         task: what is being trained.
-        examples: the task's training rows, tokenised.
-        plan: which rows each step sees.
+        forwards: the task's batches, step by step.
         optim: the recipe's ``optim`` section.
+
+    Attributes:
+        step: optimizer steps done.
+        tokens: real tokens read in them.
+        seconds: wall time they took.
     """
 
     def __init__(
@@ -59,98 +102,137 @@ class TaskTrainer:
         adapted: AdaptedModel,
         method: Method,
         task: TaskContext,
-        examples: Sequence[Example],
-        plan: RowPlan,
+        forwards: Forwards,
         optim: OptimSection,
     ) -> None:
         self.adapted = adapted
         self.method = method
         self.task = task
-        self.examples = examples
-        self.plan = plan
+        self.forwards = forwards
+        self.plan = forwards.plan
         self.optim = optim
         self.parameters = adapted.parameters()
         self.optimizer = build_optimizer(self.parameters, optim)
         self.step = 0
         self.tokens = 0
         self.seconds = 0.0
+        self._in_flight: deque[_InFlight] = deque()
         torch.manual_seed(task.seed)
 
-    def run(self, after_step: Callable[[StepResult], None]) -> None:
+    def run(self, on_result: Callable[[StepResult], None], after_step: Callable[[], None]) -> None:
         """Train to the last step.
 
         Args:
+            on_result: given every step's result, in order, ``LAG`` steps after it or at a drain.
             after_step: called after every step, when ``self.step`` steps are done; may raise.
 
         Raises:
-            DivergedError: a loss, penalty or gradient is not finite; the weights are those before
-                the step.
+            DivergedError: a loss, penalty or gradient is not finite.
         """
         self.adapted.peft.train()
         try:
             while self.step < self.plan.steps:
-                started = time.perf_counter()
                 faults.hit("step")
-                result = self._one_step()
-                self.step += 1
-                self.tokens += result.tokens
-                self.seconds += time.perf_counter() - started
-                after_step(result)
+                for result in self.advance():
+                    on_result(result)
+                after_step()
+            for result in self.drain():
+                on_result(result)
         finally:
             self.adapted.peft.eval()
 
-    def _one_step(self) -> StepResult:
+    def advance(self) -> list[StepResult]:
+        """Do one optimizer step; return the results that have become readable.
+
+        The model must be in training mode, as ``run`` sets it.
+
+        Raises:
+            DivergedError: a loss, penalty or gradient of a step before is not finite.
+        """
+        started = time.perf_counter()
+        self._in_flight.append(self._one_step())
+        self.step += 1
+        self.tokens += self._in_flight[-1].tokens
+        results = self._results(LAG)
+        self.seconds += time.perf_counter() - started
+        return results
+
+    def drain(self) -> list[StepResult]:
+        """Wait for the device and return all results that were not returned yet.
+
+        Raises:
+            DivergedError: a loss, penalty or gradient is not finite.
+        """
+        started = time.perf_counter()
+        results = self._results(0)
+        self.seconds += time.perf_counter() - started
+        return results
+
+    def _results(self, left: int) -> list[StepResult]:
+        results = []
+        while len(self._in_flight) > left:
+            numbers, result = self._in_flight.popleft().read()
+            self._check_finite(result.step, numbers)
+            results.append(result)
+        return results
+
+    def _one_step(self) -> _InFlight:
         lr = learning_rate(self.optim, self.step, self.plan.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        pad = self.adapted.backbone.tokenizer.pad_token_id
-        size = self.optim.micro_batch_size
-        batches = list(step_batches(self.examples, self.plan, self.step, size, pad))
-        loss, penalty = self._backward(batches)
-        context = StepContext(
-            self.step, loss, gradient_under=partial(gradient_under, self.adapted, batches)
-        )
-        if not self.method.per_forward:
-            penalty = self.method.penalty(context)
-            if penalty is not None:
-                penalty.backward()  # type: ignore[no-untyped-call]
+        batches = [batch.to(self.adapted.device) for batch in self.forwards.of(self.step)]
+        context, penalty = self._backward(batches)
         self.method.after_backward(context)
         norm = self._clip()
-        values = (float(loss), None if penalty is None else float(penalty.detach()), float(norm))
-        self._check_finite(values)
         self.optimizer.step()
         info = self.method.after_step(context)
-        return StepResult(values[0], values[1], lr, sum(batch.tokens for batch in batches), info)
+        numbers = [context.loss, norm] if penalty is None else [context.loss, norm, penalty]
+        tokens = sum(batch.tokens for batch in batches)
+        return _InFlight(self.step, lr, tokens, Readback(torch.stack(numbers)), info)
 
-    def _backward(self, batches: list[Batch]) -> tuple[Tensor, Tensor | None]:
-        """Add up the step's gradient; return its loss and, where asked for, its penalties' sum."""
+    def _backward(self, batches: list[Batch]) -> tuple[StepContext, Tensor | None]:
+        """Add up the step's gradient.
+
+        Returns:
+            The step with its loss, and the sum of its penalties, detached, if there were any.
+        """
         answer_tokens = sum(batch.answer_tokens for batch in batches)
-        loss = torch.zeros((), device=self.adapted.device)
+        under = partial(gradient_under, self.adapted, batches)
+        losses: list[Tensor] = []
         penalties: list[Tensor] = []
         for number, batch in enumerate(batches):
-            part = answer_loss(self.adapted, batch.to(self.adapted.device)) / answer_tokens
-            loss += part.detach()
+            part = answer_loss(self.adapted, batch) / answer_tokens
+            losses.append(part.detach())
             if self.method.per_forward:
                 share = batch.answer_tokens / answer_tokens
                 context = StepContext(self.step, part.detach() / share, number, len(batches))
                 penalty = self.method.penalty(context)
-                if penalty is not None:
-                    part = part + penalty * share
-                    penalties.append(penalty.detach() * share)
+                penalty = None if penalty is None else penalty * share
+            elif number == len(batches) - 1:
+                # With the last pass's loss: a backward pass of its own would cost more than this.
+                penalty = self.method.penalty(
+                    StepContext(self.step, _sum(losses), gradient_under=under)
+                )
+            else:
+                penalty = None
+            if penalty is not None:
+                penalties.append(penalty.detach())
+                part = part + penalty
             part.backward()  # type: ignore[no-untyped-call]
-        return loss, torch.stack(penalties).sum() if penalties else None
+        step = StepContext(self.step, _sum(losses), gradient_under=under)
+        return step, _sum(penalties) if penalties else None
 
     def _clip(self) -> Tensor:
         limit = self.optim.grad_clip or math.inf
         return torch.nn.utils.clip_grad_norm_(self.parameters, limit)
 
-    def _check_finite(self, values: tuple[float, float | None, float]) -> None:
-        for name, value in zip(("loss", "penalty", "gradient norm"), values, strict=True):
-            if value is not None and not math.isfinite(value):
+    def _check_finite(self, step: int, numbers: list[float]) -> None:
+        for name, value in zip(("loss", "gradient norm", "penalty"), numbers, strict=False):
+            if not math.isfinite(value):
                 raise DivergedError(
-                    f"task {self.task.name}: the {name} is {value} at step {self.step + 1} of "
-                    f"{self.plan.steps}; the weights before the step are kept",
+                    f"task {self.task.name}: the {name} is {value} at step {step + 1} of "
+                    f"{self.plan.steps}; nothing of it was stored",
                     "lower optim.lr, raise optim.warmup_steps or set optim.grad_clip",
                 )
 
@@ -163,7 +245,12 @@ class TaskTrainer:
         load_optimizer_tensors(self.optimizer, optimizer)
 
     def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return everything a resume inside the task needs: tensors and JSON values."""
+        """Return everything a resume inside the task needs: tensors and JSON values.
+
+        Results must have been drained: what is stored is known to be finite.
+        """
+        if self._in_flight:
+            raise RuntimeError("a checkpoint with results in flight would lose them")
         tensors = {ADAPTER + key: value for key, value in self.adapted.snapshot().items()}
         named = optimizer_tensors(self.optimizer)
         tensors |= {OPTIMIZER + key: value for key, value in named.items()}
@@ -197,6 +284,10 @@ class TaskTrainer:
         self.step = int(values["step"])
         self.tokens = int(values["tokens"])
         self.seconds = float(values["seconds"])
+
+
+def _sum(values: list[Tensor]) -> Tensor:
+    return values[0] if len(values) == 1 else torch.stack(values).sum()
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -17,11 +17,11 @@ from torch import Tensor
 from treelora_cli.errors import RunDirError
 from treelora_cli.methods.base import StoredTask, TaskContext
 from treelora_cli.models.adapted import AdaptedModel, Snapshot
+from treelora_cli.models.change import mean_change
 from treelora_cli.tree.nodes import GradientTree
 from treelora_cli.tree.signatures import SignatureBank
 
 GRADIENT = "start_gradient"
-A_KEY, B_KEY = ".lora_A.weight", ".lora_B.weight"
 
 
 class GroupStart:
@@ -102,50 +102,3 @@ def nearest_by_start(bank: SignatureBank, gradient: Tensor) -> int:
         gradient: [F_B], the new task's.
     """
     return int(bank.xi_all(gradient.cpu(), bank.scales()).argmin())
-
-
-def mean_change(snapshots: Sequence[Snapshot]) -> Snapshot:
-    """Return the adapter nearest to the mean weight change of several adapters.
-
-    For every module the mean of B_i A_i is cut to the adapters' rank by a singular value
-    decomposition, taken of the concatenated factors, so that no [d_out, d_in] matrix is made.
-
-    Args:
-        snapshots: adapters of the same shapes, at least one, keyed as PEFT saves them.
-
-    Returns:
-        An adapter of those shapes whose factors share the singular values evenly.
-    """
-    mean: Snapshot = {}
-    for key in snapshots[0]:
-        if key.endswith(A_KEY):
-            other = key.removesuffix(A_KEY) + B_KEY
-            downs = [snapshot[key] for snapshot in snapshots]
-            ups = [snapshot[other] for snapshot in snapshots]
-            mean[key], mean[other] = _cut(downs, ups)
-    return {key: mean[key] for key in snapshots[0]}
-
-
-def _cut(downs: list[Tensor], ups: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return A [r, d_in] and B [d_out, r] with B A the best rank-r fit to mean(B_i A_i)."""
-    rank = downs[0].shape[0]
-    left, upper = torch.linalg.qr(torch.cat(ups, dim=1).double() / len(ups))
-    right, lower = torch.linalg.qr(torch.cat(downs).double().T)
-    u, s, vh = torch.linalg.svd(upper @ lower.T, full_matrices=False)
-    root = s[:rank].sqrt()
-    B = (left @ u[:, :rank]) * root
-    A = root[:, None] * (vh[:rank] @ right.T)
-    # The signs of singular vectors are free; fixing them makes the start a function of its inputs.
-    peaks = A.gather(1, A.abs().argmax(1, keepdim=True)).squeeze(1)
-    signs = torch.where(peaks < 0, -1.0, 1.0).double()
-    return _padded(A * signs[:, None], rank, 0), _padded(B * signs, rank, 1)
-
-
-def _padded(matrix: Tensor, rank: int, dim: int) -> Tensor:
-    """Fill up with zeros where a module is narrower than the adapter's rank."""
-    missing = rank - matrix.shape[dim]
-    if missing > 0:
-        shape = list(matrix.shape)
-        shape[dim] = missing
-        matrix = torch.cat([matrix, matrix.new_zeros(shape)], dim=dim)
-    return matrix.float().contiguous()

@@ -104,11 +104,14 @@ class TaskMemory:
         tensors: stored with the task as safetensors.
         info: JSON values, shown in reports.
         tree: the tree after this task, for methods that grow one.
+        reference: earlier tasks whose mean adapter (``mean_snapshot``) this one is equal to in
+            many entries, so that storing the difference is cheap; empty: none.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
     tree: TreeRecord | None = None
+    reference: tuple[int, ...] = ()
 
 
 def _no_adapter() -> Snapshot:
@@ -185,8 +188,9 @@ class Method:
     def penalty(self, step: StepContext) -> Tensor | None:
         """Return a scalar to add to the task loss, or None.
 
-        Called once an optimizer step; with ``per_forward`` after every forward pass, and what is
-        returned then counts with that pass's share of the step's answer tokens, as its loss does.
+        Called once an optimizer step, before the last backward pass; with ``per_forward`` in every
+        forward pass, and what is returned then counts with that pass's share of the step's answer
+        tokens, as its loss does.
         """
         return None
 
@@ -194,7 +198,11 @@ class Method:
         """Change gradients, before clipping; called once an optimizer step."""
 
     def after_step(self, step: StepContext) -> dict[str, Any]:
-        """Observe the new weights; what is returned goes into the step's event."""
+        """Observe the new weights; what is returned goes into the step's event.
+
+        Numbers that the device still works on are returned as ``Readback``: reading them here
+        would make the host wait.
+        """
         return {}
 
     def end_task(self, task: TaskContext) -> TaskMemory:

@@ -15,17 +15,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from treelora_cli.errors import RunDirError, UsageError
-from treelora_cli.methods._starts import GroupStart
+from treelora_cli.methods._guide import Guide
+from treelora_cli.methods._proximal import MOVED, Proximal
+from treelora_cli.methods._settings import TreeLoraSettings
+from treelora_cli.methods._starts import GroupStart, group_of
 from treelora_cli.methods.base import (
     Method,
-    MethodSettings,
     StepContext,
     StoredTask,
     StreamContext,
@@ -36,109 +37,13 @@ from treelora_cli.methods.base import (
 from treelora_cli.models.adapted import AdaptedModel, Snapshot
 from treelora_cli.tree.build import update_tree
 from treelora_cli.tree.nodes import GradientTree
-from treelora_cli.tree.penalty import (
-    PathTargets,
-    block_weights,
-    expand,
-    l1_penalty,
-    ramp_value,
-    sign_gradient,
-)
+from treelora_cli.tree.penalty import PathTargets, l1_penalty, ramp_value, sign_gradient
 from treelora_cli.tree.scopes import ScopedSearch, make_search
 from treelora_cli.tree.serial import from_document, from_tensors, to_document, to_tensors
 from treelora_cli.tree.signatures import SignatureBank, block_means
 
 # Signatures that are gradients: detached, so that the penalty acts on the gradient itself.
 GRADIENTS = ("gradient", "query")
-
-
-class TreeLoraSettings(MethodSettings):
-    """What the recipe's ``method`` section may say for TreeLoRA.
-
-    Under ``signature: lora_a`` distances favour the most recent task, because weights go on from
-    task to task and drift; ``lora_delta`` compares what each task changed.
-    """
-
-    strength: Annotated[float, Field(ge=0)] = Field(
-        0.5, alias="lambda", description="weight of the penalty, the same on every backbone"
-    )
-    ramp: Literal["task", "epoch", "none"] = Field(
-        "task", description="how the penalty grows: over the task, over each epoch, not at all"
-    )
-    target: Literal["path", "leaf"] = Field(
-        "path", description="pulled toward the means along the chosen path, or the task's own"
-    )
-    signature: Literal["lora_a", "lora_delta", "gradient", "query"] = Field(
-        "lora_a",
-        description="live weights (with start=continue they favour the last task, for weights "
-        "drift), their change within the task, the mean gradient, or the paper's literal gradient "
-        "of the present rows under an earlier adapter",
-    )
-    factors: Literal["A", "AB"] = Field("A", description="LoRA matrices that make the signature")
-    start: Literal["continue", "fresh", "group"] = Field(
-        "continue",
-        description="a task starts from the last task's weights, from the common seeded start, or "
-        "from the mean change of the group of tasks it resembles",
-    )
-    start_batches: Annotated[int, Field(gt=0)] = Field(
-        4, description="steps' rows whose gradient finds the group"
-    )
-
-
-class _Guide:
-    """What guides one task: search, targets and weights, all fixed when the task begins."""
-
-    def __init__(
-        self,
-        bank: SignatureBank,
-        tree: GradientTree,
-        search: ScopedSearch,
-        settings: TreeLoraSettings,
-        device: torch.device,
-    ) -> None:
-        self.bank = bank
-        self.search = search
-        self.scales = bank.scales().to(device)
-        self.targets = PathTargets(tree, bank, settings.target)
-        weights = block_weights(settings.strength, 1.0, bank.widths, bank.displacement_scale())
-        self.weights = expand(weights, bank.widths).to(device)
-
-    def pull(self, signature: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """Choose a task, observe its distance and learn from it.
-
-        Args:
-            signature: [F], the live one, detached.
-
-        Returns:
-            The penalty's target, [F] on the signature's device, and what the event shows.
-        """
-        arms = self.search.choose(lambda: self.bank.scaled_distances(signature, self.scales))
-        xis = self.bank.pull(signature, arms, self.scales).tolist()
-        self.search.update(arms, xis)
-        return self.targets.of_arms(arms).to(signature.device), {"arms": list(arms), "xi": xis}
-
-    def ask(
-        self, gradient: Tensor, under: Callable[[int], Tensor]
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """Choose a task and compare gradients of the same rows, now and under its adapter.
-
-        Args:
-            gradient: [F], the live one.
-            under: gives the rows' gradient under a task's adapter, [F]; a forward and backward
-                pass each. The exhaustive search asks for all of them.
-        """
-        asked: dict[int, Tensor] = {}
-
-        def distances(arm: int) -> Tensor:
-            if arm not in asked:
-                asked[arm] = under(arm)
-            return block_means((gradient - asked[arm]).abs(), self.bank.widths) / self.scales
-
-        everyone = range(len(self.bank))
-        arms = self.search.choose(lambda: torch.stack([distances(arm) for arm in everyone]))
-        xi = float(distances(arms[0]).mean())
-        self.search.update(arms, [xi])
-        return asked[arms[0]], {"arms": list(arms), "xi": [xi]}
 
 
 class TreeLora(Method):
@@ -156,7 +61,7 @@ class TreeLora(Method):
         self.parameters = model.signature_parameters(self.settings.factors)
         self.bank = SignatureBank.empty(model.block_widths(self.settings.factors))
         self.tree: GradientTree | None = None
-        self.guide: _Guide | None = None
+        self.guide: Guide | None = None
         self.origin = self._weights()
         self.mean_gradient = torch.zeros_like(self.origin)
         self.gradients = 0
@@ -165,6 +70,9 @@ class TreeLora(Method):
         self.group_start: GroupStart | None = None
         if self.settings.start == "group":
             self.group_start = GroupStart(model, self.settings.start_batches)
+        self.proximal: Proximal | None = None
+        if self.settings.form == "proximal":
+            self.proximal = Proximal(model, self.settings.strength)
         if self.settings.signature == "query" and stream.bandit.scope == "block":
             raise UsageError(
                 "method.signature=query takes one gradient a step, bandit.scope=block would take "
@@ -178,7 +86,6 @@ class TreeLora(Method):
         Raises:
             RunDirError: a task's tree is missing or is not one of this model.
         """
-        banks = []
         for task in finished:
             record = task.memory.tree
             if record is None:
@@ -186,23 +93,19 @@ class TreeLora(Method):
                     f"task {task.name} has no tree in the run directory",
                     "put tree/history back, or start a new run",
                 )
-            banks.append(from_tensors(record.tensors, [task.name]))
-            self.tree = from_document(record.document)
+            alone = from_tensors(record.tensors, [task.name])
+            if alone.widths != self.bank.widths:
+                raise RunDirError(
+                    "the stored signatures are not of this model's shape", "use the run's own base"
+                )
+            self.bank = self.bank.add(task.name, alone.values[0], alone.displacements[0])
             self.snapshots.append(task.adapter)
+        if finished and finished[-1].memory.tree is not None:
+            self.tree = from_document(finished[-1].memory.tree.document)
         if self.group_start is not None:
             self.group_start.restore(finished)
-        if not banks:
-            return
-        if any(bank.widths != self.bank.widths for bank in banks):
-            raise RunDirError(
-                "the stored signatures are not of this model's shape", "use the run's own base"
-            )
-        self.bank = SignatureBank(
-            tuple(name for bank in banks for name in bank.names),
-            torch.cat([bank.values for bank in banks]),
-            self.bank.widths,
-            torch.cat([bank.displacements for bank in banks]),
-        )
+        if self.proximal is not None:
+            self.proximal.restore(finished)
 
     def begin_task(self, task: TaskContext) -> None:
         """Choose the adapter's start, fix the scales and start the bandit anew."""
@@ -216,11 +119,42 @@ class TreeLora(Method):
         self.mean_gradient = torch.zeros_like(self.origin)
         self.gradients = 0
         self.observed = {}
+        self.reference: tuple[int, ...] = ()
+        self.steps_left = 0
+        if self.proximal is not None:
+            self.proximal.begin(self.model.snapshot())
         self.guide = None
         if self.tree is not None:
-            self.guide = _Guide(
-                self.bank, self.tree, self._new_search(), self.settings, self.device
+            self.guide = Guide(
+                self.bank,
+                self._new_search(),
+                PathTargets(self.tree, self.bank, self.settings.target),
+                self.settings.strength,
+                self.device,
             )
+            self._aim(self.guide)
+
+    def _aim(self, guide: Guide) -> None:
+        """Choose the task to compare with at the next step.
+
+        A search that looks at all tasks sees the signature as it is now; of the literal gradient
+        there is none before the step's rows are read, so there it chooses within the step.
+        """
+        query = self.settings.signature == "query"
+        if query and self.stream.bandit.search == "exhaustive":
+            guide.aim((), fetch=False)
+            return
+        arms = guide.search.choose(
+            lambda: guide.bank.scaled_distances(self._signature(), guide.scales)
+        )
+        guide.aim(arms, fetch=not query)
+
+    def _signature(self) -> Tensor:
+        """Return the live signature, float32 [F], detached."""
+        if self.settings.signature in GRADIENTS:
+            return self.mean_gradient
+        live = self._weights()
+        return live - self.origin if self.settings.signature == "lora_delta" else live
 
     @property
     def device(self) -> torch.device:
@@ -242,21 +176,17 @@ class TreeLora(Method):
         )
 
     def _weights(self) -> Tensor:
-        return torch.cat([p.detach().reshape(-1) for p in self.parameters]).float()
+        with torch.no_grad():
+            return torch.cat([p.view(-1) for p in self.parameters]).float()
 
     def penalty(self, step: StepContext) -> Tensor | None:
-        """L1 distance of the live weights to the chosen path; None where gradients are compared.
-
-        Raises:
-            DivergedError: the weights are no longer finite.
-        """
-        if self.guide is None or self.settings.signature in GRADIENTS:
+        """L1 distance of the live weights to the chosen path; None where gradients are compared."""
+        if self.guide is None or self.reference or self.settings.signature in GRADIENTS:
             return None
-        live = torch.cat([p.reshape(-1) for p in self.parameters]).float()
-        if self.settings.signature == "lora_delta":
-            live = live - self.origin
-        target, self.observed = self.guide.pull(live.detach())
-        return l1_penalty(live, target, self.guide.weights * self._ramp(step))
+        signature = self._signature()
+        target, self.observed = self.guide.pull(signature)
+        penalty = l1_penalty(signature, target, self.guide.weights, self.parameters)
+        return penalty * self._ramp(step)
 
     def _ramp(self, step: StepContext) -> float:
         task = self.task
@@ -275,7 +205,7 @@ class TreeLora(Method):
         gradient = torch.cat([_gradient(p).reshape(-1) for p in self.parameters]).float()
         self.gradients += 1
         self.mean_gradient += (gradient - self.mean_gradient) / self.gradients
-        if self.guide is None:
+        if self.guide is None or self.reference:
             return
         weights = self.guide.weights * self._ramp(step)
         if self.settings.signature == "query":
@@ -297,8 +227,37 @@ class TreeLora(Method):
         return torch.cat([by_parameter[id(p)].reshape(-1) for p in self.parameters]).float()
 
     def after_step(self, step: StepContext) -> dict[str, Any]:
-        """Report the arms pulled and their distances."""
+        """Learn from the step before, choose for the next one; report this one's arms."""
+        if self.guide is None:
+            return {}
+        if self.reference:
+            self._proximal().step()
+            return {}
+        self.guide.learn(left=1)
+        self._aim(self.guide)
+        done = step.step + 1
+        if self.proximal is not None and done >= self.settings.fixed_after * self.task.steps:
+            self.guide.learn(left=0)
+            self._fix(self._group_pulled(self.guide), self.task.steps - done)
         return self.observed
+
+    def _proximal(self) -> Proximal:
+        if self.proximal is None:
+            raise RuntimeError("a group is fixed in the proximal form only")
+        return self.proximal
+
+    def _group_pulled(self, guide: Guide) -> tuple[int, ...]:
+        """Return the group of the task that was pulled most often, the earlier one on ties."""
+        pulls = [sum(counts) for counts in zip(*guide.pulls(), strict=True)]
+        task = max(range(len(pulls)), key=lambda arm: (pulls[arm], -arm))
+        if self.settings.target == "leaf" or self.tree is None:
+            return (task,)
+        return group_of(self.tree, task)
+
+    def _fix(self, group: Sequence[int], steps_left: int) -> None:
+        self.reference, self.steps_left = tuple(group), steps_left
+        members = [self.snapshots[member]() for member in self.reference]
+        self._proximal().fix(members, steps_left)
 
     def end_task(self, task: TaskContext) -> TaskMemory:
         """Add the task to the tree.
@@ -320,21 +279,29 @@ class TreeLora(Method):
         document = to_document(self.tree, self.bank, self.settings.signature, self.settings.factors)
         info: dict[str, Any] = {}
         if self.guide is not None:
+            self.guide.learn(left=0)
             info["bandit"] = self.guide.search.statistics()
         if self.group:
             info["started_from"] = [self.bank.names[member] for member in self.group]
         tensors = {} if self.group_start is None else self.group_start.end(task.name)
-        if self.group_start is not None or self.settings.signature == "query":
+        if self.proximal is not None:
+            tensors[MOVED] = self.proximal.end(self.model.snapshot())
+            info["group"] = [self.bank.names[member] for member in self.reference]
+        if self.group_start or self.proximal or self.settings.signature == "query":
             snapshot = self.model.snapshot()
             self.snapshots.append(lambda: snapshot)
-        return TaskMemory(tensors, info, TreeRecord(document, to_tensors(alone)))
+        record = TreeRecord(document, to_tensors(alone))
+        return TaskMemory(tensors, info, record, self.reference)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return where the task began, the running mean and the bandit's statistics."""
         tensors = {"origin": self.origin.cpu(), "mean_gradient": self.mean_gradient.cpu()}
         values: dict[str, Any] = {"gradients": self.gradients}
         if self.guide is not None:
-            values["search"] = self.guide.search.state()
+            values["guide"] = self.guide.state()
+        if self.proximal is not None:
+            tensors |= self.proximal.state()
+            values["fixed"] = [list(self.reference), self.steps_left]
         return tensors, values
 
     def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
@@ -347,7 +314,12 @@ class TreeLora(Method):
         self.mean_gradient = tensors["mean_gradient"].to(self.device)
         self.gradients = int(values["gradients"])
         if self.guide is not None:
-            self.guide.search.load_state(values["search"])
+            self.guide.load_state(values["guide"], fetch=self.settings.signature != "query")
+        if self.proximal is not None:
+            self.proximal.load_state(tensors)
+            group, steps_left = values["fixed"]
+            if group:
+                self._fix(group, int(steps_left))
 
 
 def _gradient(parameter: torch.nn.Parameter) -> Tensor:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from treelora_cli.conversation import turns_of
 from treelora_cli.errors import UsageError
 from treelora_cli.models.chat import ChatTemplate
+from treelora_cli.models.readback import send
 from treelora_cli.recipe import DataSection
 
 IGNORED = -100
@@ -34,35 +36,41 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Left-padded examples; answers end at the last column.
+    """Examples of one forward pass: padded below one another, or packed behind one another.
+
+    Padded: answers end at the last column, and ``labels`` are the last K tokens of every row.
+    Packed: one row without padding; positions count anew from 0 where an example begins, which is
+    how transformers knows the examples apart, and ``labels`` are the answer tokens alone.
 
     Attributes:
-        input_ids: int64 [B, S].
-        attention_mask: int64 [B, S].
-        position_ids: int64 [B, S]; each row counts from 0 at its first real token.
-        labels: int64 [B, K]: the last K tokens, ``IGNORED`` where they are not the answer's.
+        input_ids: int64 [B, S]; B = 1 when packed.
+        attention_mask: int64 [B, S]; None when packed.
+        position_ids: int64 [B, S]; each example counts from 0 at its first real token.
+        labels: int64 [B, K], ``IGNORED`` where a token is not the answer's.
         tokens: real tokens in the batch.
+        answer_tokens: tokens the loss is taken over, end tokens included.
+        kept: int64 [K], the positions that predict the labels; None: the last K + 1 but one.
     """
 
     input_ids: Tensor
-    attention_mask: Tensor
+    attention_mask: Tensor | None
     position_ids: Tensor
     labels: Tensor
     tokens: int
-
-    @property
-    def answer_tokens(self) -> int:
-        """Tokens the loss is taken over, end tokens included."""
-        return int((self.labels != IGNORED).sum())
+    answer_tokens: int
+    kept: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch with its tensors on a device."""
-        return Batch(
-            self.input_ids.to(device, non_blocking=True),
-            self.attention_mask.to(device, non_blocking=True),
-            self.position_ids.to(device, non_blocking=True),
-            self.labels.to(device, non_blocking=True),
-            self.tokens,
+        return replace(
+            self,
+            input_ids=send(self.input_ids, device),
+            attention_mask=None
+            if self.attention_mask is None
+            else send(self.attention_mask, device),
+            position_ids=send(self.position_ids, device),
+            labels=send(self.labels, device),
+            kept=None if self.kept is None else send(self.kept, device),
         )
 
 
@@ -197,33 +205,59 @@ def collate(examples: Sequence[Example], pad: int) -> Batch:
     """
     size = max(len(example.tokens) for example in examples)
     keep = max(len(example.tokens) - example.answer_start for example in examples)
-    ids = torch.full((len(examples), size), pad, dtype=torch.int64)
-    mask = torch.zeros((len(examples), size), dtype=torch.int64)
-    labels = torch.full((len(examples), keep), IGNORED, dtype=torch.int64)
+    shape = (len(examples), size)
+    # NumPy: on arrays this small a torch operation is mostly overhead, and every step pays it.
+    ids, mask, positions = np.full(shape, pad), np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    labels = np.full((len(examples), keep), IGNORED)
+    counting = np.arange(size)
     for row, example in enumerate(examples):
-        length = len(example.tokens)
-        answer = length - example.answer_start
-        tokens = torch.tensor(example.tokens, dtype=torch.int64)
-        ids[row, size - length :] = tokens
-        mask[row, size - length :] = 1
-        labels[row, keep - answer :] = tokens[example.answer_start :]
-    total = sum(len(example.tokens) for example in examples)
-    return Batch(ids, mask, positions_of(mask), labels, total)
+        start = size - len(example.tokens)
+        ids[row, start:] = example.tokens
+        mask[row, start:] = 1
+        positions[row, start:] = counting[: size - start]
+        answer = example.tokens[example.answer_start :]
+        labels[row, keep - len(answer) :] = answer
+    tokens = sum(len(example.tokens) for example in examples)
+    answers = sum(len(example.tokens) - example.answer_start for example in examples)
+    return Batch(
+        torch.from_numpy(ids),
+        torch.from_numpy(mask),
+        torch.from_numpy(positions),
+        torch.from_numpy(labels),
+        tokens,
+        answers,
+    )
 
 
-def pad_prompts(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Pad prompts on the left for generation.
+def pack(examples: Sequence[Example], pad: int) -> Batch:
+    """Put examples behind one another, without padding.
+
+    Args:
+        examples: at least one; each has a prompt, for its first token is predicted by nothing.
+        pad: not used; there is no padding.
+    """
+    ids = torch.tensor([token for example in examples for token in example.tokens])
+    positions = torch.cat([torch.arange(len(example.tokens)) for example in examples])
+    starts = torch.tensor([example.answer_start for example in examples])
+    lengths = torch.tensor([len(example.tokens) for example in examples])
+    is_answer = positions >= starts.repeat_interleave(lengths)
+    at = is_answer.nonzero().squeeze(1)
+    return Batch(
+        ids.unsqueeze(0), None, positions.unsqueeze(0), ids[at].unsqueeze(0), len(ids), len(at),
+        at - 1,
+    )  # fmt: skip
+
+
+def pad_prompts(sequences: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Pad token sequences on the left.
 
     Returns:
         Token ids and attention mask, both int64 [B, S].
     """
-    size = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), size), pad, dtype=torch.int64)
-    mask = torch.zeros((len(prompts), size), dtype=torch.int64)
-    for row, prompt in enumerate(prompts):
-        ids[row, size - len(prompt) :] = torch.tensor(prompt, dtype=torch.int64)
-        mask[row, size - len(prompt) :] = 1
-    return ids, mask
+    size = max(len(tokens) for tokens in sequences)
+    ids = torch.tensor([[pad] * (size - len(tokens)) + list(tokens) for tokens in sequences])
+    starts = torch.tensor([size - len(tokens) for tokens in sequences]).unsqueeze(1)
+    return ids, (torch.arange(size) >= starts).long()
 
 
 def positions_of(mask: Tensor) -> Tensor:
