@@ -179,4 +179,4 @@ def test_flags_win_and_other_methods_settings_are_dropped(tmp_path: Path) -> Non
 def test_every_setting_is_written_out(tmp_path: Path) -> None:
     recipe = resolve_recipe(tmp_path / "run", None, [], {})
     settings = {"lambda", "ramp", "target", "signature", "factors", "start", "start_batches"}
-    assert recipe.method.settings.keys() == settings
+    assert recipe.method.settings.keys() == settings | {"form", "fixed_after"}

@@ -1,8 +1,8 @@
 """The recipe: every setting of a run, typed, checked and told apart by name.
 
 A recipe is a YAML file with the sections ``model, stream, data, optim, lora, method, bandit, tree,
-storage, eval``. Later layers win: defaults, recipe file, ``--set section.key=value``, flags. The
-``method`` section holds the method's name and that method's own settings.
+storage, route, eval``. Later layers win: defaults, recipe file, ``--set section.key=value``, flags.
+The ``method`` section holds the method's name and that method's own settings.
 """
 
 from __future__ import annotations
@@ -75,10 +75,11 @@ class OptimSection(Section):
     epochs: Positive | dict[str, Positive] = Field(1, description="a number, or task: number")
     batch_size: Positive = Field(32, description="rows an optimizer step")
     micro_batch_size: Positive = Field(32, description="most rows a forward pass")
-    micro_batch_tokens: Positive | None = Field(
-        8192,
+    micro_batch_tokens: Positive | Literal["auto"] | None = Field(
+        "auto",
         description="most tokens a forward pass, padding counted; a step's rows are grouped by "
-        "length into as many passes as that takes, and their gradients add up; nothing: no limit",
+        "length into as many passes as that takes, and their gradients add up; auto: 1024 on CPU, "
+        "where larger passes only fill the memory, 16384 on a GPU; nothing: no limit",
     )
     packing: bool = Field(
         False,
@@ -159,6 +160,21 @@ class StorageSection(Section):
     )
 
 
+class RouteSection(Section):
+    """How a prompt finds the adapter of the task it looks like, where nobody names the task."""
+
+    prompts: Annotated[int, Field(ge=0)] = Field(
+        200,
+        description="training prompts a task whose features are read by the base before training, "
+        "for `treelora eval --adapter route`; only their mean and scatter are kept; 0: none",
+    )
+    threshold: Fraction = Field(
+        0.0,
+        description="prompts less typical of their nearest task than this are answered by the base "
+        "alone; 0: none",
+    )
+
+
 class EvalSection(Section):
     """When and how tasks are scored."""
 
@@ -197,6 +213,7 @@ class Recipe(Section):
     bandit: BanditSection = BanditSection()
     tree: TreeSection = TreeSection()
     storage: StorageSection = StorageSection()
+    route: RouteSection = RouteSection()
     eval: EvalSection = EvalSection()
     limit: Positive | None = Field(
         None, description="a quick look: so many train and evaluation rows a task"
@@ -393,7 +410,7 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
     fingerprint elsewhere.
     """
     free = {"stream.tasks", "model.name", "data.path", "eval.batch_size", "eval.batch_tokens"}
-    free |= {"storage.form"}
+    free |= {"storage.form", "route.prompts", "route.threshold"}
     left, right = _flat(old.to_dict()), _flat(new.to_dict())
     return [
         f"{key}: {left.get(key)!r} -> {right.get(key)!r}"

@@ -159,8 +159,8 @@ def test_the_package_runs_as_a_module() -> None:
     assert done.stdout.startswith("treelora ")
 
 
-COMMANDS = ["prepare", "train-stream", "tree show", "eval", "report", "methods", "recipes",
-            "builtin path", "builtin export", "builtin pretrain"]  # fmt: skip
+COMMANDS = ["prepare", "train-stream", "tree show", "eval", "report", "merge", "export", "methods",
+            "recipes", "builtin path", "builtin export", "builtin pretrain"]  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS)

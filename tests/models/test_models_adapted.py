@@ -15,7 +15,8 @@ from treelora_cli.errors import UsageError
 from treelora_cli.models.adapted import AdaptedModel
 from treelora_cli.models.backbone import load_backbone
 from treelora_cli.models.encode import Encoder, collate
-from treelora_cli.models.forward import answer_loss, generate
+from treelora_cli.models.forward import answer_loss
+from treelora_cli.models.generate import generate
 from treelora_cli.recipe import LoraSection, ModelSection
 
 

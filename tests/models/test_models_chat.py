@@ -13,7 +13,7 @@ from treelora_cli.errors import DataError, UsageError
 from treelora_cli.models.adapted import AdaptedModel
 from treelora_cli.models.backbone import load_backbone
 from treelora_cli.models.encode import Encoder, collate
-from treelora_cli.models.forward import generate
+from treelora_cli.models.generate import generate
 from treelora_cli.recipe import LoraSection, ModelSection
 
 # Begin token and turn ends of its own, as Llama 3 has them.
@@ -76,7 +76,7 @@ def test_the_answer_alone_is_learned(tokenizers, prompt: str, answer: str, name:
     assert tokenizer.decode(learned[:-1]) == f"{lead}{answer}"
     assert tokenizer.convert_ids_to_tokens(learned[-1]) == end
     assert list(read).count(tokenizer.bos_token_id) == opening.count("<s>")
-    assert collate([example], tokenizer.pad_token_id).labels[0].tolist() == list(learned)
+    assert collate([example], tokenizer.pad_token_id).labels.tolist() == list(learned)
     assert not example.truncated
 
 

@@ -17,7 +17,8 @@ from treelora_cli.errors import UsageError
 from treelora_cli.models.adapted import AdaptedModel
 from treelora_cli.models.backbone import load_backbone
 from treelora_cli.models.encode import IGNORED, Encoder, Example, collate, pad_prompts
-from treelora_cli.models.forward import answer_loss, generate
+from treelora_cli.models.forward import answer_loss
+from treelora_cli.models.generate import generate
 from treelora_cli.recipe import LoraSection, ModelSection
 
 
@@ -50,7 +51,7 @@ def test_answer_is_what_is_learned(tokenizer, prompt: str, answer: str) -> None:
     read = list(example.tokens[: example.answer_start])
     assert read == [1, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
     batch = collate([example], tokenizer.pad_token_id)
-    assert batch.labels[0].tolist() == learned
+    assert batch.labels.tolist() == learned
     assert batch.answer_tokens == len(learned)
 
 
@@ -109,13 +110,24 @@ def test_the_lengths_proposed_do_fit(tokenizer, positions: int) -> None:
     assert lengths["max_prompt_tokens"] >= positions // 4
 
 
-def test_collate_pads_left_and_counts_positions() -> None:
-    batch = collate([Example((1, 5, 6, 2), 2, False), Example((1, 9, 2), 2, False)], pad=0)
-    assert batch.input_ids.tolist() == [[1, 5, 6, 2], [0, 1, 9, 2]]
-    assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [0, 1, 1, 1]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 3], [0, 0, 1, 2]]
-    assert batch.labels.tolist() == [[6, 2], [IGNORED, 2]]
-    assert (batch.tokens, batch.answer_tokens) == (7, 3)
+def test_collate_pads_at_the_end_and_keeps_what_predicts_answers() -> None:
+    batch = collate([Example((1, 5, 6, 2), 2, False), Example((1, 9, 2), 1, False)], pad=0)
+    assert batch.input_ids.tolist() == [[1, 5, 6, 2], [1, 9, 2, 0]]
+    assert batch.kept.tolist() == [[1, 2], [0, 1]]
+    assert batch.labels.tolist() == [6, 2, 9, 2]
+    assert (batch.tokens, batch.answer_tokens) == (7, 4)
+    rows = [Example((1, 5, 6, 7, 2), 1, False), Example((1, 9, 4, 2), 1, False)]
+    batch = collate(rows, pad=0)  # seven answer tokens in eight places: filled up
+    assert batch.kept.tolist() == [[0, 1, 2, 3], [0, 1, 2, 0]]
+    assert batch.labels.tolist() == [5, 6, 7, 2, 9, 4, 2, IGNORED]
+
+
+def test_collate_masks_where_answers_differ_much_in_length() -> None:
+    rows = [Example((1, 5, 6, 7, 8, 2), 1, False), Example((1, 9, 2), 2, False)]
+    batch = collate(rows, pad=0)  # six answer tokens in ten places
+    assert batch.kept.tolist() == [[True] * 5 + [False], [False, True] + [False] * 4]
+    assert batch.labels.tolist() == [5, 6, 7, 8, 2, 2]
+    assert (batch.tokens, batch.answer_tokens) == (9, 6)
 
 
 def test_loss_equals_the_sum_over_single_rows_with_full_logits(adapted: AdaptedModel) -> None:

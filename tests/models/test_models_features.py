@@ -86,6 +86,16 @@ def test_the_adapter_does_not_show_and_stays_as_it_was(tiny_model: Path) -> None
     assert prompt_features(model, encoder, PROMPTS).equal(found), "only the base was looked at"
 
 
+def test_what_is_frozen_stays_frozen(tiny_model: Path) -> None:
+    model = adapt(tiny_model)
+    for key, parameter in model.live_parameters.items():
+        parameter.requires_grad_("lora_A" not in key)
+    trainable = [id(parameter) for parameter in model.parameters()]
+    prompt_features(model, encoder_of(model), PROMPTS)
+    assert [id(parameter) for parameter in model.parameters()] == trainable
+    assert len(trainable) == len(model.live_parameters) // 2
+
+
 def test_no_logits_are_computed(tiny_model: Path) -> None:
     model = adapt(tiny_model)
     calls = []

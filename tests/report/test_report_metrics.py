@@ -155,3 +155,10 @@ def test_most_common_decoding_is_stable():
 
 def test_every_number_has_a_definition():
     assert set(metrics.DEFINITIONS) == {"op", "bwt", "bwt_lopez_paz", "forgetting", "fwt"}
+
+
+def test_a_merged_adapters_score_holds_from_its_merge_on():
+    cells = [cell("a", "a", 0.9, "own"), cell("b", "b", 0.8, "own"), cell("c", "a", 0.4, "own")]
+    R = metrics.matrix_from_scores(cells, ["a", "b", "c", "d"], "own")
+    assert [row[0] for row in R] == [0.9, 0.9, 0.4, 0.4]
+    assert [row[1] for row in R] == [None, 0.8, 0.8, 0.8]

@@ -42,6 +42,7 @@ cells = st.builds(
     score=finite,
     scores=st.dictionaries(st.text(max_size=5), finite, max_size=3),
     adapter_hash=st.text("0123456789abcdef", max_size=64),
+    code=st.integers(1, 9),
 )
 
 
@@ -58,6 +59,34 @@ def test_round_trip_whatever_the_order(tmp_path_factory, some, random):
     assert {cell.key: cell for cell in loaded.cells} == {cell.key: cell for cell in unique}
     loaded.save(folder / "b.json")
     assert (folder / "a.json").read_bytes() == (folder / "b.json").read_bytes()
+
+
+def test_cells_from_before_the_code_was_kept_are_of_version_1(tmp_path):
+    path = tmp_path / "scores.json"
+    Scores([replace(CELL, code=7), replace(CELL, task="C", code=1)]).save(path)
+    doc = json.loads(path.read_text())
+    assert [cell["code"] for cell in doc["cells"]] == [7, 1]
+    del doc["cells"][0]["code"]
+    path.write_text(json.dumps(doc))
+    assert [cell.code for cell in Scores.load(path).cells] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({"after": "C", "adapter": "own", "score": 0.1}, True),
+        ({"after": None}, True),
+        ({"adapter_hash": "1"}, False),
+        ({"task": "C"}, False),
+        ({"split": "eval"}, False),
+        ({"rows": 99}, False),
+        ({"limited": True}, False),
+        ({"decoding": "likelihood"}, False),
+        ({"code": 2}, False),
+    ],
+)
+def test_the_same_answers_are_found_under_any_key(change, same):
+    assert Scores([CELL]).same_answers(replace(CELL, **change)) == (CELL if same else None)
 
 
 def test_order_is_by_key_and_zero_shot_comes_first():
@@ -116,6 +145,8 @@ def test_floats_are_kept_in_full_and_integers_become_floats(tmp_path):
         {"rows": True},
         {"limited": 0},
         {"split": None},
+        {"code": "1"},
+        {"code": True},
     ],
 )
 def test_a_wrong_cell_is_refused_on_both_sides(tmp_path, change):

@@ -12,8 +12,11 @@ import typer
 
 from treelora_cli import __version__
 from treelora_cli.cli import builtin, tree
+from treelora_cli.cli.bench import bench
 from treelora_cli.cli.eval import evaluate
+from treelora_cli.cli.export import export
 from treelora_cli.cli.logs import set_up_logging
+from treelora_cli.cli.merge import merge
 from treelora_cli.cli.methods import methods
 from treelora_cli.cli.output import SCHEMA_VERSION, stderr
 from treelora_cli.cli.prepare import prepare
@@ -42,8 +45,11 @@ app.command("train-stream")(train_stream)
 app.add_typer(tree.app, name="tree")
 app.command("eval")(evaluate)
 app.command("report")(report)
+app.command("merge")(merge)
+app.command("export")(export)
 app.command("methods")(methods)
 app.command("recipes")(recipes)
+app.command("bench")(bench)
 app.add_typer(builtin.app, name="builtin")
 
 

@@ -11,8 +11,10 @@ import typer
 
 from treelora_cli.cli.names import names_from
 from treelora_cli.cli.output import print_json, stderr, stdout
+from treelora_cli.errors import UsageError
 
 if TYPE_CHECKING:
+    from treelora_cli.engine.route_run import RouteResult
     from treelora_cli.rundir.scores import Cell
 
 
@@ -23,13 +25,50 @@ class Split(StrEnum):
     eval = "eval"
 
 
+class Scoring(StrEnum):
+    """Ways to get an answer."""
+
+    greedy = "greedy"
+    likelihood = "likelihood"
+
+
+Threshold = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        max=1,
+        help="With route: the base alone answers a prompt that is less typical of its nearest task "
+        "than this; 0.5: one twice as far from it, in squared distance, as the task's own prompts "
+        "are (default: the recipe's route.threshold, 0: never).",
+        show_default=False,
+    ),
+]
+Strip = Annotated[
+    bool,
+    typer.Option(
+        "--strip-instructions",
+        help="With route: choose by what is left of a prompt without what all of its task's "
+        "training prompts share; it is answered in full.",
+    ),
+]
+History = Annotated[
+    bool,
+    typer.Option(
+        "--history",
+        help="With route: score the tasks as after every task of the stream, which OP and BWT "
+        "under routing are made from.",
+    ),
+]
+
+
 def evaluate(
     run_dir: Annotated[Path, typer.Argument(help="The run directory.", show_default=False)],
     adapter: Annotated[
         str,
         typer.Option(
             help="Who answers: [bold]latest[/bold] (the last task's adapter), [bold]own[/bold] "
-            "(each task's own) or [bold]task:NAME[/bold]."
+            "(each task's own), [bold]route[/bold] (for every prompt that of the task it looks "
+            "like: no task is named) or [bold]task:NAME[/bold]."
         ),
     ] = "latest",
     tasks: Annotated[
@@ -47,8 +86,21 @@ def evaluate(
     ] = None,
     batch_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Prompts a batch (default: the recipe's).", show_default=False),
+        typer.Option(
+            min=1, help="Most prompts a batch (default: the recipe's).", show_default=False
+        ),
     ] = None,
+    scoring: Annotated[
+        Scoring | None,
+        typer.Option(
+            help="Generate answers, or take the likeliest label where a task has a closed set of "
+            "them (default: the recipe's).",
+            show_default=False,
+        ),
+    ] = None,
+    route_threshold: Threshold = None,
+    strip_instructions: Strip = False,
+    history: History = False,
     model: Annotated[
         str | None, typer.Option(help="Where the base is now, if it moved.", show_default=False)
     ] = None,
@@ -59,24 +111,60 @@ def evaluate(
 ) -> None:
     """Ask a run's adapters the test rows of its tasks and score the answers.
 
-    Answers are kept as JSON lines under tasks/*/predictions; cells scored before
-    with the same adapter and rows are not computed again.
+    Answers are kept as JSON lines under tasks/*/predictions; what the same adapter
+    answered to the same rows before is not computed again.
 
     [bold]treelora eval run --adapter own --tasks FOMC[/bold]
+
+    [bold]treelora eval run --adapter route --history[/bold]
     """
+    routing = adapter == "route"
+    if not routing and (route_threshold is not None or strip_instructions or history):
+        raise UsageError(
+            "--route-threshold, --strip-instructions and --history belong to --adapter route",
+            "add --adapter route, or leave them out",
+        )
     from treelora_cli.engine.evaluate_run import EvalRequest, evaluate_run
 
-    request = EvalRequest(adapter, names_from(tasks), split.value, limit, batch_size, model, data)
+    request = EvalRequest(
+        adapter=adapter,
+        tasks=names_from(tasks),
+        split=split.value,
+        limit=limit,
+        batch_size=batch_size,
+        scoring=None if scoring is None else scoring.value,
+        model=model,
+        data=data,
+    )
 
     def show(event: dict[str, object]) -> None:
         if not as_json:
-            stderr().print(f"scored {event['task']} on {event['rows']} rows", markup=False)
+            when = f" after {event['after']}" if history else ""
+            stderr().print(f"scored {event['task']}{when} on {event['rows']} rows", markup=False)
 
+    if routing:
+        from treelora_cli.engine.route_run import RouteRequest, route_run
+
+        way = RouteRequest(route_threshold, strip_instructions, history)
+        _print_routed(run_dir, route_run(run_dir, request, way, show), as_json)
+        return
     cells = evaluate_run(run_dir, request, show)
     if as_json:
         print_json({"run": str(run_dir), "cells": [asdict(cell) for cell in cells]})
     else:
         _print_table(cells)
+
+
+def _print_routed(run_dir: Path, result: RouteResult, as_json: bool) -> None:
+    from treelora_cli.cli.routing import print_routing
+
+    if as_json:
+        cells = [asdict(cell) for cell in result.cells]
+        print_json({"run": str(run_dir), "cells": cells, "routing": result.routing})
+        return
+    last = result.routing["learned"][-1]
+    _print_table([cell for cell in result.cells if cell.after == last])
+    print_routing(result)
 
 
 def _print_table(cells: list[Cell]) -> None:

@@ -54,6 +54,10 @@ _LINES: dict[str, Callable[[Event], str | None]] = {
     "run_started": describe_start,
     "task_started": _truncation,
     "waiting": lambda event: "waiting for task names on standard input (end it with Ctrl-D)",
+    "merged": lambda event: (
+        f"{' with '.join('+'.join(side) for side in event['sides'])} merged into one adapter, "
+        f"error {event['error']:.3g}"
+    ),
     "skipped": lambda event: f"{event['task']}: {event['why']}",
     "resumed": lambda event: f"resumed {event['task']} after step {event['step']}",
 }

@@ -35,6 +35,14 @@ def show(
             metavar="A B", help="What changed between the tree after task A and the one after B."
         ),
     ] = None,
+    features: Annotated[
+        bool,
+        typer.Option(
+            "--features",
+            help="The tree over what the tasks' prompts look like, which routing goes by: after "
+            "the gradient tree as text and in json, where dot, mermaid and svg draw one tree.",
+        ),
+    ] = False,
     format_: Annotated[
         str | None,
         typer.Option(
@@ -53,14 +61,22 @@ def show(
     [bold]treelora tree show run --format svg > tree.svg[/bold]
 
     [bold]treelora tree show run --diff FOMC ScienceQA[/bold]
+
+    [bold]treelora tree show run --features[/bold]
     """
     chosen = _format(format_, as_json, DIFF_FORMATS if diff else FORMATS)
     if at is not None and diff is not None:
         raise UsageError("--at and --diff exclude each other", "--diff names both trees: A and B")
+    if features and diff is not None:
+        raise UsageError(
+            "--features cannot be compared with --diff", "--at shows it after any task"
+        )
     from treelora_cli.rundir.layout import RunDir
 
     opened = RunDir.open(run)
-    if diff is not None:
+    if features:
+        _show_features(opened, at, chosen)
+    elif diff is not None:
         _show_diff(opened, diff, chosen)
     else:
         _show(opened, _document(opened, at), chosen)
@@ -100,6 +116,24 @@ def _show(run: RunDir, document: dict[str, Any], chosen: str) -> None:
     else:
         from treelora_cli.report.treegraph import mermaid as write
     output.write_out(write(document, facts(run.info, document)).removesuffix("\n"))
+
+
+def _show_features(run: RunDir, at: str | None, chosen: str) -> None:
+    """Show the tree over the tasks' prompts, after the gradient tree where both can be shown."""
+    from treelora_cli.engine.routes import feature_tree
+
+    if at is not None:
+        _index([str(entry["name"]) for entry in run.info.tasks], at, "--at")
+    document = feature_tree(run, at)
+    # Not every method makes a gradient tree.
+    gradient = _document(run, at) if run.tree_json.exists() else None
+    if chosen == "json":
+        output.print_json({**(gradient or {}), "features": document})
+        return
+    if chosen == "text" and gradient is not None:
+        _show(run, gradient, chosen)
+        output.stdout().print()
+    _show(run, document, chosen)
 
 
 def _show_diff(run: RunDir, tasks: tuple[str, str], chosen: str) -> None:

@@ -7,8 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from treelora_cli.engine.forwards import pass_tokens
 from treelora_cli.engine.opening import load_stream_tasks
 from treelora_cli.methods.base import build_method
+from treelora_cli.models.backbone import choose_device
 from treelora_cli.models.encode import Encoder, encoder_for
 from treelora_cli.models.outline import Outline, outline
 from treelora_cli.recipe import Recipe
@@ -137,7 +139,8 @@ def _memory(sizes: Outline, recipe: Recipe, tasks: tuple[PlannedTask, ...]) -> i
     """
     optim, longest = recipe.optim, max(task.longest for task in tasks)
     answer = min(recipe.data.max_answer_tokens, longest) + 1
-    fitting = max(1, (optim.micro_batch_tokens or longest * optim.batch_size) // longest)
+    device = choose_device(recipe.model.device).type
+    fitting = max(1, (pass_tokens(optim, device) or longest * optim.batch_size) // longest)
     rows = min(optim.micro_batch_size, optim.batch_size, fitting)
     logits = rows * answer * len(sizes.tokenizer) * 4 * 2
     return sizes.training_bytes + logits

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from treelora_cli.engine.evaluation import Asked, Evaluator
+from treelora_cli.engine.adapters import Place, since, trained_places
+from treelora_cli.engine.evaluation import (
+    LIKELIHOOD,
+    Asked,
+    Emit,
+    Evaluator,
+    has_labels,
+    say_open_tasks,
+)
 from treelora_cli.engine.opening import check_base, load_stream_tasks
 from treelora_cli.engine.plan import pick
 from treelora_cli.engine.signals import StopFlag
@@ -16,14 +24,11 @@ from treelora_cli.errors import DataError, RunDirError, UsageError
 from treelora_cli.models.adapted import AdaptedModel
 from treelora_cli.models.backbone import load_backbone
 from treelora_cli.recipe import Recipe, build_recipe, read_yaml
-from treelora_cli.rundir.atomic import committed
 from treelora_cli.rundir.events import EventLog
 from treelora_cli.rundir.layout import RunDir
 from treelora_cli.rundir.lock import RunLock
 from treelora_cli.rundir.scores import Cell, Scores
 from treelora_cli.tasks.types import Task
-
-Place = tuple[int, str]
 
 
 @dataclass(frozen=True)
@@ -31,11 +36,12 @@ class EvalRequest:
     """What to evaluate.
 
     Attributes:
-        adapter: ``latest``, ``own`` or ``task:NAME``.
+        adapter: ``latest``, ``own`` or ``task:NAME``; ``route`` is ``route_run``'s.
         tasks: names, or None for every trained task.
         split: ``test`` or ``eval``.
         limit: rows a task; None for all that the run uses.
-        batch_size: prompts a batch; None for the recipe's.
+        batch_size: most prompts a batch; None for the recipe's.
+        scoring: ``greedy`` or ``likelihood``; None for the recipe's.
         model: where the base is now, if it moved.
         data: where the tasks are now, if they moved.
     """
@@ -45,6 +51,7 @@ class EvalRequest:
     split: str = "test"
     limit: int | None = None
     batch_size: int | None = None
+    scoring: str | None = None
     model: str | None = None
     data: str | None = None
 
@@ -72,26 +79,50 @@ def evaluate_run(
     if run.info.extra.get("mode") == "joint":
         learned = [entry["name"] for entry in run.info.tasks]
         _refuse_own(request.adapter)
-    names = pick(learned, _listed(request.tasks), "task")
-    recipe = _recipe(run, request)
+    names = pick(learned, listed(request.tasks), "task")
     with StopFlag() as stop, RunLock(path):
-        tasks = load_stream_tasks(recipe, names)
-        _check_tasks(run, tasks)
-        backbone = load_backbone(recipe.model)
-        check_base(run, backbone)
-        adapted = AdaptedModel(backbone, recipe.lora, recipe.stream.seed)
         log = EventLog(run.events)
-        evaluator = Evaluator(
-            adapted=adapted,
-            data=recipe.data,
-            batch_size=request.batch_size or recipe.eval.batch_size,
-            run=run,
-            scores=Scores.load(run.scores),
-            limited=recipe.limit is not None,
-            emit=lambda kind, fields: show(log.append(kind, sync=True, **fields)),
-            stop=stop,
+        tasks, evaluator = prepare_evaluation(
+            run,
+            request,
+            names,
+            lambda kind, fields: show(log.append(kind, sync=True, **fields)),
+            stop,
         )
-        return _cells(evaluator, tasks, trained, answering, request)
+        return evaluator.cells(_asked(evaluator, tasks, trained, answering, request))
+
+
+def prepare_evaluation(
+    run: RunDir, request: EvalRequest, names: Sequence[str], emit: Emit, stop: StopFlag
+) -> tuple[list[Task], Evaluator]:
+    """Load tasks and model of a run, checked to be the run's own; return what asks them.
+
+    Args:
+        run: the run directory.
+        request: in what way; its ``adapter`` and ``tasks`` are the caller's business.
+        names: the tasks.
+        emit: told of every new cell.
+        stop: checked before every batch.
+
+    Raises:
+        TreeloraError: of the kind and exit code that fits what is wrong.
+    """
+    recipe = recipe_for(run, request)
+    tasks = load_stream_tasks(recipe, names)
+    check_rows(run, tasks)
+    _check_scoring(request, recipe, tasks)
+    backbone = load_backbone(recipe.model)
+    check_base(run, backbone)
+    return tasks, Evaluator(
+        adapted=AdaptedModel(backbone, recipe.lora, recipe.stream.seed),
+        data=recipe.data,
+        plan=recipe.eval,
+        run=run,
+        scores=Scores.load(run.scores),
+        limited=recipe.limit is not None,
+        emit=emit,
+        stop=stop,
+    )
 
 
 def trained_tasks(run: RunDir) -> list[Place]:
@@ -100,14 +131,14 @@ def trained_tasks(run: RunDir) -> list[Place]:
     Raises:
         RunDirError: there is none yet.
     """
-    places = [(entry["index"], entry["name"]) for entry in run.info.tasks]
-    trained = [place for place in places if committed(run.task_dir(*place)) is not None]
+    trained = trained_places(run)
     if not trained:
         raise RunDirError(f"{run.path} has no trained task yet", "train one with train-stream")
     return trained
 
 
-def _listed(names: Sequence[str] | None) -> list[str] | None:
+def listed(names: Sequence[str] | None) -> list[str] | None:
+    """Return names as a list, where there are any."""
     return None if names is None else list(names)
 
 
@@ -120,7 +151,7 @@ def _answering(adapter: str, trained: list[Place]) -> Place | None:
     if adapter.startswith("task:"):
         name = pick([place[1] for place in trained], [adapter.removeprefix("task:")], "task")[0]
         return next(place for place in trained if place[1] == name)
-    raise UsageError(f"unknown adapter {adapter!r}", "use latest, own or task:NAME")
+    raise UsageError(f"unknown adapter {adapter!r}", "use latest, own, route or task:NAME")
 
 
 def _refuse_own(adapter: str) -> None:
@@ -131,19 +162,50 @@ def _refuse_own(adapter: str) -> None:
         )
 
 
-def _recipe(run: RunDir, request: EvalRequest) -> Recipe:
+def run_recipe(run: RunDir) -> Recipe:
+    """Return the recipe that a run was made with.
+
+    Raises:
+        UsageError: it cannot be read as one.
+    """
     text = run.recipe_yaml.read_text(encoding="utf-8")
-    recipe = build_recipe(read_yaml(text, str(run.recipe_yaml)), str(run.recipe_yaml))
+    return build_recipe(read_yaml(text, str(run.recipe_yaml)), str(run.recipe_yaml))
+
+
+def recipe_for(run: RunDir, request: EvalRequest) -> Recipe:
+    """Return the run's recipe with what is asked for put over it."""
+    recipe = run_recipe(run)
     data, model = recipe.data, recipe.model
     if request.data is not None:
         data = data.model_copy(update={"path": request.data})
     if request.model is not None:
         model = model.model_copy(update={"name": request.model})
+    update: dict[str, Any] = {}
+    if request.batch_size is not None:
+        update["batch_size"] = request.batch_size
+    if request.scoring is not None:
+        update["scoring"] = request.scoring
+    plan = recipe.eval.model_copy(update=update)
     limit = request.limit or recipe.limit
-    return recipe.model_copy(update={"data": data, "model": model, "limit": limit})
+    return recipe.model_copy(update={"data": data, "model": model, "limit": limit, "eval": plan})
 
 
-def _check_tasks(run: RunDir, tasks: Sequence[Task]) -> None:
+def _check_scoring(request: EvalRequest, recipe: Recipe, tasks: Sequence[Task]) -> None:
+    """Refuse likelihood where nothing can be scored by it, and say where it cannot."""
+    if request.scoring == LIKELIHOOD and not any(map(has_labels, tasks)):
+        raise UsageError(
+            "none of the tasks has a closed set of labels, which scoring by likelihood needs",
+            "use --scoring greedy, or ask a classification task with --tasks",
+        )
+    say_open_tasks(recipe.eval.scoring, tasks)
+
+
+def check_rows(run: RunDir, tasks: Sequence[Task]) -> None:
+    """Check that the rows of tasks are those the run was made with.
+
+    Raises:
+        DataError: a task's are others.
+    """
     known = run.info.extra.get("data", {})
     for task in tasks:
         if known.get(task.name) != task.fingerprint:
@@ -153,26 +215,24 @@ def _check_tasks(run: RunDir, tasks: Sequence[Task]) -> None:
             )
 
 
-def _cells(
+def _asked(
     evaluator: Evaluator,
     tasks: Sequence[Task],
     trained: list[Place],
     answering: Place | None,
     request: EvalRequest,
-) -> list[Cell]:
-    cells = []
-    loaded: Place | None = None
-    answering_hash = ""
+) -> Iterator[Asked]:
+    """Yield the cells to measure, each adapter loaded when its turn comes."""
+    name, split = request.adapter, request.split
+    if answering is not None:
+        snapshot = load_adapter(evaluator.run, *answering)
+        evaluator.adapted.restore(snapshot)
+        identity = snapshot_hash(snapshot)
+        for task in tasks:
+            yield Asked(answering[1], task, name, identity, answering, split)
+        return
     by_name = {place[1]: place for place in trained}
     for task in tasks:
-        place = answering or by_name[task.name]
-        if place != loaded:
-            snapshot = load_adapter(evaluator.run, *place)
-            evaluator.adapted.restore(snapshot)
-            loaded, answering_hash = place, snapshot_hash(snapshot)
-        cells.append(
-            evaluator.cell(
-                Asked(place[1], task, request.adapter, answering_hash, place, request.split)
-            )
-        )
-    return cells
+        snapshot = load_adapter(evaluator.run, *by_name[task.name])
+        place = since(evaluator.run, by_name[task.name])
+        yield Asked(place[1], task, name, snapshot_hash(snapshot), place, split, snapshot)

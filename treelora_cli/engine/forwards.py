@@ -10,36 +10,23 @@ from collections.abc import Sequence
 
 from treelora_cli.engine.batches import RowPlan
 from treelora_cli.models.encode import Batch, Example, collate, pack
+from treelora_cli.models.grouping import group_by_length
 from treelora_cli.recipe import OptimSection
 
+# Beyond so many tokens a pass is no faster; on a CPU it is slower, for its activations leave the
+# caches and are new memory every time.
+AUTO_TOKENS = {"cpu": 1024, "cuda": 16384}
 
-def group_by_length(
-    lengths: Sequence[int], rows: int, tokens: int | None, *, packed: bool = False
-) -> list[list[int]]:
-    """Group sequences into passes, longest first.
+
+def pass_tokens(optim: OptimSection, device: str) -> int | None:
+    """Return the most tokens of a forward pass, or None for no limit.
 
     Args:
-        lengths: tokens of each sequence.
-        rows: most sequences a pass.
-        tokens: most tokens a pass, padding to the longest counted unless ``packed``; a single
-            longer sequence is a pass of its own. None: no limit.
-        packed: sequences stand behind one another instead of below one another.
-
-    Returns:
-        The sequences' numbers, pass by pass; equal lengths keep their order.
+        optim: the recipe's ``optim`` section.
+        device: ``cpu`` or ``cuda``.
     """
-    groups: list[list[int]] = []
-    used = 0
-    for number in sorted(range(len(lengths)), key=lambda at: (-lengths[at], at)):
-        # Longest first: the first of a group is the width that all its rows are padded to.
-        cost = lengths[number] if packed or not groups else lengths[groups[-1][0]]
-        full = not groups or len(groups[-1]) == rows or (tokens and used + cost > tokens)
-        if full:
-            groups.append([])
-            used, cost = 0, lengths[number]
-        groups[-1].append(number)
-        used += cost
-    return groups
+    wanted = optim.micro_batch_tokens
+    return AUTO_TOKENS.get(device, AUTO_TOKENS["cuda"]) if wanted == "auto" else wanted
 
 
 class Forwards:
@@ -50,15 +37,22 @@ class Forwards:
         plan: which rows each step sees.
         optim: the limits of a forward pass.
         pad: the padding token's id.
+        device: ``cpu`` or ``cuda``, for limits that depend on it.
     """
 
     def __init__(
-        self, examples: Sequence[Example], plan: RowPlan, optim: OptimSection, pad: int
+        self,
+        examples: Sequence[Example],
+        plan: RowPlan,
+        optim: OptimSection,
+        pad: int,
+        device: str = "cpu",
     ) -> None:
         self.examples = examples
         self.plan = plan
         self._optim = optim
         self._pad = pad
+        self._tokens = pass_tokens(optim, device)
 
     def of(self, step: int) -> list[Batch]:
         """Return the batches of an optimizer step, on the host.
@@ -82,5 +76,5 @@ class Forwards:
         lengths = [len(row.tokens) for row in rows]
         optim = self._optim
         return group_by_length(
-            lengths, optim.micro_batch_size, optim.micro_batch_tokens, packed=optim.packing
+            lengths, optim.micro_batch_size, self._tokens, packed=optim.packing
         )

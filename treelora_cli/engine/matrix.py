@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
-from treelora_cli.engine.evaluation import BASE, Asked, Evaluator
+from treelora_cli.engine.adapters import since
+from treelora_cli.engine.evaluation import BASE, Asked, Evaluator, say_open_tasks
 from treelora_cli.engine.store import load_adapter, snapshot_hash
 from treelora_cli.engine.units import Unit
 from treelora_cli.methods.base import Mode
@@ -33,14 +35,17 @@ class Matrix:
         """The zero-shot cells, and the cells just before training (both for FWT)."""
         if self.plan.when == "none":
             return
+        say_open_tasks(self.plan.scoring, unit.tasks)
         before = self.plan.before and self.plan.when == "all" and self.mode == "latest"
         for task in unit.tasks:
             if self.plan.zero_shot:
                 base = self.evaluator.run.info.base_fingerprint
-                self.evaluator.cell(Asked(None, task, BASE, base))
+                self.evaluator.cell(Asked(None, task, BASE, base, split=self.plan.split))
             if before and unit.previous is not None:
                 after, answering = unit.previous[1], self._live_hash()
-                self.evaluator.cell(Asked(after, task, "latest", answering, unit.previous))
+                self.evaluator.cell(
+                    Asked(after, task, "latest", answering, unit.previous, self.plan.split)
+                )
 
     def after(self, unit: Unit) -> None:
         """The row after a unit: all tasks so far, or the task's own cell."""
@@ -48,25 +53,29 @@ class Matrix:
         if when == "none" or (when == "last" and unit.index < len(self.tasks) - 1):
             return
         if self.mode == "own":
-            first = 0 if when == "last" else unit.index
-            for column in range(first, unit.index + 1):
-                self._own(column)
+            everything = range(unit.index + 1)
+            due = everything if when == "last" else filter(partial(self._new, unit), everything)
+            self.evaluator.cells(map(self._own, due))
             return
-        answering = self._live_hash()
-        for task in self.tasks[: unit.index + 1]:
-            self.evaluator.cell(Asked(unit.task.name, task, "latest", answering, unit.place))
+        answering, split = self._live_hash(), self.plan.split
+        learned = self.tasks[: unit.index + 1]
+        at_end = unit.index == len(self.tasks) - 1
+        self.evaluator.cells(
+            Asked(unit.task.name, task, "latest", answering, unit.place, split)
+            for task in (unit.tasks if when == "ends" and not at_end else learned)
+        )
 
-    def _own(self, index: int) -> None:
-        """An own adapter does not change with later tasks: one cell holds for all of them."""
+    def _own(self, index: int) -> Asked:
+        """One cell holds for all later tasks, until the adapter is merged with another."""
         task = self.tasks[index]
-        place = (index, task.name)
-        snapshot = load_adapter(self.evaluator.run, *place)
-        live = self.evaluator.adapted.snapshot()
-        self.evaluator.adapted.restore(snapshot)
-        try:
-            self.evaluator.cell(Asked(task.name, task, "own", snapshot_hash(snapshot), place))
-        finally:
-            self.evaluator.adapted.restore(live)
+        snapshot = load_adapter(self.evaluator.run, index, task.name)
+        place = since(self.evaluator.run, (index, task.name))
+        answering = snapshot_hash(snapshot)
+        return Asked(place[1], task, "own", answering, place, self.plan.split, snapshot)
+
+    def _new(self, unit: Unit, index: int) -> bool:
+        """Tell whether a task's own adapter is what it is since this unit."""
+        return since(self.evaluator.run, (index, self.tasks[index].name)) == unit.place
 
     def _live_hash(self) -> str:
         return snapshot_hash(self.evaluator.adapted.snapshot())

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from treelora_cli.engine.environment import versions
+from treelora_cli.engine.merging import tidy
 from treelora_cli.engine.plan import check_tasks
 from treelora_cli.errors import DataError, UsageError
 from treelora_cli.methods.base import Method, StreamContext, build_method
 from treelora_cli.models.adapted import AdaptedModel
 from treelora_cli.models.backbone import Backbone, load_backbone
 from treelora_cli.models.encode import encoder_for
-from treelora_cli.models.forward import DECODING
+from treelora_cli.models.packing import require_packing
 from treelora_cli.recipe import Recipe
 from treelora_cli.rundir.atomic import write_file
 from treelora_cli.rundir.layout import RunDir
@@ -88,6 +89,7 @@ def open_for_training(recipe: Recipe, path: Path) -> Iterator[Opened]:
 def _load(lock: RunLock, recipe: Recipe, path: Path, method: Method) -> Opened:
     run = RunDir.open(path)
     run.sweep()
+    tidy(run)
     tasks = load_stream_tasks(recipe, recipe.stream.tasks)
     _check_data(run, tasks)
     adapted = _load_model(recipe, method)
@@ -123,8 +125,21 @@ def _load_model(recipe: Recipe, method: Method) -> AdaptedModel:
     """Load the model and let recipe and method meet it, since they may not fit its shape."""
     adapted = AdaptedModel(load_backbone(recipe.model), recipe.lora, recipe.stream.seed)
     encoder_for(adapted.backbone.tokenizer, recipe.data, adapted.backbone.positions)
-    method.start(StreamContext(recipe.stream.seed, recipe.bandit, recipe.tree), adapted)
+    if recipe.optim.packing:
+        require_packing(adapted)
+    _start(method, recipe, adapted)
     return adapted
+
+
+def new_method(recipe: Recipe, adapted: AdaptedModel) -> Method:
+    """Return the recipe's method, having met the model and no task yet."""
+    method = build_method(recipe)
+    _start(method, recipe, adapted)
+    return method
+
+
+def _start(method: Method, recipe: Recipe, adapted: AdaptedModel) -> None:
+    method.start(StreamContext(recipe.stream.seed, recipe.bandit, recipe.tree), adapted)
 
 
 def check_base(run: RunDir, backbone: Backbone) -> None:
@@ -161,7 +176,7 @@ def _new_info(recipe: Recipe, method: Method, backbone: Backbone) -> RunInfo:
         builtin_data=recipe.data.path is None,
         seed=recipe.stream.seed,
         versions=versions(),
-        extra={"mode": method.mode, "decoding": DECODING, "data": {}},
+        extra={"mode": method.mode, "decoding": recipe.eval.scoring, "data": {}},
     )
 
 

@@ -86,9 +86,10 @@ def _check_arriving(recipe: Recipe) -> None:
             f"method {recipe.method.name} trains all tasks at once and cannot wait for more",
             "name all tasks with --tasks A,B,C",
         )
-    if recipe.eval.when == "last":
+    if recipe.eval.when in ("ends", "last"):
         raise UsageError(
-            "eval.when=last needs to know which task is the last, but tasks are still arriving",
+            f"eval.when={recipe.eval.when} needs to know which task is the last, but tasks are "
+            "still arriving",
             "use eval.when=all or none with --tasks -",
         )
 

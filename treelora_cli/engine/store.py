@@ -2,57 +2,41 @@
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
-from treelora_cli.errors import RunDirError
+from treelora_cli.engine.adapters import (
+    STORAGE,
+    load_adapter,
+    make_reference,
+    save_adapter,
+    snapshot_hash,
+    store_adapter,
+)
 from treelora_cli.methods.base import StoredTask, TaskMemory, TreeRecord
-from treelora_cli.models.adapted import AdaptedModel, Snapshot
+from treelora_cli.models.adapted import AdaptedModel
 from treelora_cli.rundir import atomic
 from treelora_cli.rundir.jsonfile import read_json
 from treelora_cli.rundir.layout import RunDir
 from treelora_cli.rundir.manifest import verify
 from treelora_cli.rundir.tensors import load_tensors, save_tensors
 
-CONFIG_FILE = "adapter_config.json"
-ADAPTER_FILE = "adapter_model.safetensors"
+__all__ = [
+    "load_adapter",
+    "load_optimizer",
+    "load_stored",
+    "save_adapter",
+    "save_task",
+    "snapshot_hash",
+]
+
 METHOD_FILE = "method.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
+FEATURES_FILE = "features.safetensors"
 SIGNATURES_FILE = "signatures.safetensors"
-
-
-def snapshot_hash(snapshot: Snapshot) -> str:
-    """Identify an adapter by SHA-256 over its keys, shapes and float32 bytes."""
-    digest = hashlib.sha256()
-    for key in sorted(snapshot):
-        value = snapshot[key].contiguous()
-        digest.update(f"{key}:{tuple(value.shape)}:{value.dtype}".encode())
-        digest.update(value.numpy().tobytes())
-    return f"sha256:{digest.hexdigest()}"
-
-
-def save_adapter(folder: Path, adapted: AdaptedModel, snapshot: Snapshot) -> None:
-    """Write an adapter as PEFT does, then read it back and compare.
-
-    The folder loads with ``peft.PeftModel.from_pretrained(base, folder)`` alone.
-
-    Raises:
-        RunDirError: what was read back is not what was written, or a value is not finite.
-    """
-    folder.mkdir(parents=True)
-    atomic.write_json(folder / CONFIG_FILE, adapted.config_document())
-    path = folder / ADAPTER_FILE
-    save_tensors(path, snapshot)
-    again = load_tensors(path)
-    same = again.keys() == snapshot.keys() and all(
-        again[key].equal(value) for key, value in snapshot.items()
-    )
-    if not same:
-        raise RunDirError(f"{path} does not read back as written", "check the disk")
 
 
 def save_task(
@@ -61,6 +45,8 @@ def save_task(
     document: dict[str, Any],
     memory: TaskMemory,
     optimizer: dict[str, Tensor],
+    form: Literal["dense", "delta"] = "dense",
+    features: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Commit a finished task: its tree first, then the task itself, then the current tree.
 
@@ -72,32 +58,27 @@ def save_task(
         document: the content of task.json, with ``index`` and ``name``.
         memory: what the method keeps.
         optimizer: its state, where the next task goes on with it; otherwise empty.
+        form: ``delta`` stores what differs from the adapters that the method refers to, if that is
+            smaller.
+        features: what the router needs to know of the task's prompts, if anything.
     """
     index, name = int(document["index"]), str(document["name"])
     if memory.tree is not None:
         with atomic.commit_dir(run.tree_history(index, name)) as folder:
             atomic.write_json(folder / "tree.json", memory.tree.document)
             save_tensors(folder / SIGNATURES_FILE, memory.tree.tensors)
+    reference = make_reference(run, memory.reference) if form == "delta" else None
     with atomic.commit_dir(run.task_dir(index, name)) as folder:
-        save_adapter(folder / "adapter", adapted, adapted.snapshot())
+        stored = store_adapter(folder, adapted.config_document(), adapted.snapshot(), reference)
         if memory.tensors:
             save_tensors(folder / METHOD_FILE, memory.tensors)
         if optimizer:
             save_tensors(folder / OPTIMIZER_FILE, optimizer)
-        atomic.write_json(folder / "task.json", {**memory.info, **document})
+        if features:
+            save_tensors(folder / FEATURES_FILE, features)
+        atomic.write_json(folder / "task.json", {**memory.info, **document, STORAGE: stored})
     if memory.tree is not None:
         atomic.write_json(run.tree_json, memory.tree.document)
-
-
-def load_adapter(run: RunDir, index: int, name: str) -> Snapshot:
-    """Read a finished task's adapter, verified against its manifest.
-
-    Raises:
-        RunDirError: a file is missing or not as it was written.
-    """
-    folder = run.task_dir(index, name)
-    verify(folder)
-    return load_tensors(folder / "adapter" / ADAPTER_FILE)
 
 
 def load_optimizer(run: RunDir, index: int, name: str) -> dict[str, Tensor]:

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from treelora_cli.engine.evaluation import Evaluator, build_encoder
+from treelora_cli.engine.forwards import Forwards
 from treelora_cli.engine.gradients import first_gradient
 from treelora_cli.engine.matrix import Matrix
-from treelora_cli.engine.opening import Opened, append_task, open_for_training
+from treelora_cli.engine.merging import keep_to
+from treelora_cli.engine.opening import Opened, append_task, new_method, open_for_training
 from treelora_cli.engine.optim import optimizer_tensors
+from treelora_cli.engine.routes import Collected, Eye, collect
 from treelora_cli.engine.seeds import derive
 from treelora_cli.engine.signals import StopFlag
 from treelora_cli.engine.store import (
@@ -72,7 +75,7 @@ class _Stream:
         evaluator = Evaluator(
             adapted=opened.adapted,
             data=opened.recipe.data,
-            batch_size=opened.recipe.eval.batch_size,
+            plan=opened.recipe.eval,
             run=opened.run,
             scores=Scores.load(opened.run.scores),
             limited=opened.recipe.limit is not None,
@@ -176,12 +179,31 @@ class _Stream:
             began_training = time.perf_counter()
             train_seconds = self._train(unit)
             began += time.perf_counter() - began_training
+        self._keep_to_budget(unit)
         self.matrix.after(unit)
         self._set_status(unit, "finished")
         seconds = {"train": train_seconds, "evaluate": time.perf_counter() - began}
         if trained:
             del seconds["train"]
         self.emit("task_finished", self._names(unit) | {"seconds": seconds})
+
+    def _keep_to_budget(self, unit: Unit) -> None:
+        """Merge adapters where there are too many; the method then reads what is left of them.
+
+        A new method takes the place of the old one, as after a resume, so that a run that was
+        stopped here and one that was not go on with the same adapters.
+        """
+        most = self.recipe.storage.max_adapters
+        if most is None:
+            return
+        merged = keep_to(self.run_dir, most, self.recipe.lora)
+        names = [task.name for task in self.tasks]
+        for joined in merged:
+            self.emit("merged", {"after": unit.task.name} | joined.to_json(names))
+        if merged:
+            self.method = new_method(self.recipe, self.adapted)
+            places = [one.place for one in self.units if one.index <= unit.index]
+            self.method.restore([load_stored(self.run_dir, *place) for place in places])
 
     def _names(self, unit: Unit) -> dict[str, Any]:
         return {"task": unit.task.name, "tasks": unit.names, "index": unit.index}
@@ -195,14 +217,18 @@ class _Stream:
         """Train a unit from its start or its last checkpoint and commit it; return seconds."""
         optim = self.recipe.optim
         seed = derive(self.recipe.stream.seed, "task", *unit.place)
+        features = self._read_prompts(unit)
         examples = self._encode(unit)
         plan = row_plan(unit, self.recipe, seed)
-        forwards = plan.forwards_per_epoch(optim.micro_batch_size)
-        probe = partial(first_gradient, self.adapted, examples, plan, optim.micro_batch_size)
-        context = TaskContext(*unit.place, plan.steps, plan.steps_per_epoch, seed, forwards, probe)
+        pad = self.adapted.backbone.tokenizer.pad_token_id
+        forwards = Forwards(examples, plan, optim, pad, self.adapted.device.type)
+        probe = partial(first_gradient, self.adapted, forwards)
+        context = TaskContext(
+            *unit.place, plan.steps, plan.steps_per_epoch, seed, forwards.per_epoch(), probe
+        )
         self._set_status(unit, "training")
         self.method.begin_task(context)
-        trainer = TaskTrainer(self.adapted, self.method, context, examples, plan, optim)
+        trainer = TaskTrainer(self.adapted, self.method, context, forwards, optim)
         if optim.carry and unit.previous is not None:
             trainer.carry_on(load_optimizer(self.run_dir, *unit.previous))
         self._resume(trainer)
@@ -216,14 +242,23 @@ class _Stream:
             "synthetic": any(task.synthetic for task in unit.tasks),
         }
         self.emit("task_started", self._names(unit) | started)
-        trainer.run(lambda result: self._after_step(trainer, result))
+        trainer.run(partial(self._show_step, trainer), partial(self._after_step, trainer))
         memory = self.method.end_task(context)
         document = self._task_document(unit, trainer)
+        document["seconds"]["features"] = round(features.seconds, 3)
         carried = optimizer_tensors(trainer.optimizer) if optim.carry else {}
-        save_task(self.run_dir, self.adapted, document, memory, carried)
+        form = self.recipe.storage.form
+        save_task(self.run_dir, self.adapted, document, memory, carried, form, features.tensors)
         self._set_status(unit, "trained")
         checkpoints.clear(self.run_dir)
         return trainer.seconds
+
+    def _read_prompts(self, unit: Unit) -> Collected:
+        """Read what routing needs; where all tasks share an adapter, nothing."""
+        count = self.recipe.route.prompts if self.method.mode != "joint" else 0
+        note = f"stopped while reading prompts of task {unit.task.name}"
+        eye = Eye(self.adapted, self.recipe.data, partial(self.stop.raise_if_set, note))
+        return collect(eye, unit.task, count)
 
     def _encode(self, unit: Unit) -> list[Example]:
         encoder = build_encoder(self.adapted, self.recipe.data)
@@ -245,14 +280,14 @@ class _Stream:
         trainer.resume(found.tensors, found.meta)
         self.emit("resumed", {"task": trainer.task.name, "step": trainer.step})
 
-    def _after_step(self, trainer: TaskTrainer, result: StepResult) -> None:
+    def _show_step(self, trainer: TaskTrainer, result: StepResult) -> None:
         self.emit(
             "step",
             {
                 "task": trainer.task.name,
-                "step": trainer.step,
+                "step": result.step + 1,
                 "of": trainer.plan.steps,
-                "epoch": trainer.plan.epoch_of(trainer.step - 1),
+                "epoch": trainer.plan.epoch_of(result.step),
                 "loss": result.loss,
                 "penalty": result.penalty,
                 "lr": result.lr,
@@ -261,17 +296,21 @@ class _Stream:
                 **result.info,
             },
         )
+
+    def _after_step(self, trainer: TaskTrainer) -> None:
+        if trainer.step == trainer.plan.steps:
+            return
         asked_to_stop = self.stop.signum is not None
-        due = trainer.step % self.recipe.stream.checkpoint_steps == 0
-        if (asked_to_stop or due) and trainer.step < trainer.plan.steps:
+        if asked_to_stop or trainer.step % self.recipe.stream.checkpoint_steps == 0:
+            for result in trainer.drain():
+                self._show_step(trainer, result)
             tensors, values = trainer.checkpoint()
             checkpoints.save(self.run_dir, trainer.step, tensors, values)
             self.emit("checkpoint", {"task": trainer.task.name, "step": trainer.step})
-        if trainer.step < trainer.plan.steps:
-            self.stop.raise_if_set(
-                f"stopped in task {trainer.task.name} after step {trainer.step} of "
-                f"{trainer.plan.steps}; the state is saved in {self.run_dir.path}"
-            )
+        self.stop.raise_if_set(
+            f"stopped in task {trainer.task.name} after step {trainer.step} of "
+            f"{trainer.plan.steps}; the state is saved in {self.run_dir.path}"
+        )
 
     def _task_document(self, unit: Unit, trainer: TaskTrainer) -> dict[str, Any]:
         return facts(unit, self.recipe) | {

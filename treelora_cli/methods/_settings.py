@@ -17,18 +17,22 @@ class TreeLoraSettings(MethodSettings):
     """
 
     strength: Annotated[float, Field(ge=0)] = Field(
-        0.5, alias="lambda", description="weight of the penalty, the same on every backbone"
+        5.0,
+        alias="lambda",
+        description="strength of the penalty, the same on every backbone: mean displacements that "
+        "the group takes back (proximal), weight beside the loss (subgradient; the paper's 0.5)",
     )
     ramp: Literal["task", "epoch", "none"] = Field(
         "task", description="how the penalty grows: over the task, over each epoch, not at all"
     )
     target: Literal["path", "leaf"] = Field(
-        "path", description="pulled toward the means along the chosen path, or the task's own"
+        "leaf", description="pulled toward the means along the chosen path, or the task's own"
     )
-    form: Literal["subgradient", "proximal"] = Field(
-        "subgradient",
-        description="the penalty as a gradient all through the task; or, once the group is fixed, "
-        "as soft-thresholding of A and B onto the group's mean, which leaves entries equal to it",
+    form: Literal["proximal", "subgradient"] = Field(
+        "proximal",
+        description="the penalty as a gradient all through the task (subgradient); or only until "
+        "the group is fixed, and then as soft-thresholding of A and B onto the group's mean, which "
+        "leaves most entries equal to it (proximal)",
     )
     fixed_after: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.25, description="part of the task after which form=proximal fixes the group"

@@ -89,6 +89,7 @@ class TreeLoraOfficial(Method):
         Raises:
             RunDirError: it is missing or is not of this model.
         """
+        vectors = [self.stored]
         for task in finished:
             record = task.memory.tree
             if record is None:
@@ -102,7 +103,9 @@ class TreeLoraOfficial(Method):
                     f"what is stored of task {task.name} is not of this model's shape",
                     "use the run's own base",
                 )
-            self._keep(task.name, bank.values)
+            self.names.append(task.name)
+            vectors.append(bank.values.view(1, *self.stored.shape[1:]))
+        self.stored = torch.cat(vectors)
 
     def _widths(self) -> tuple[int, ...]:
         return (self.stored.shape[2],) * self.stored.shape[1]

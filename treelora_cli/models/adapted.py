@@ -7,14 +7,15 @@ a module's path (peft#3584).
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from treelora_cli.errors import UsageError
@@ -22,6 +23,10 @@ from treelora_cli.models.backbone import Backbone
 from treelora_cli.recipe import LoraSection
 
 SLOT = "t000"
+MOST_BESIDE = 32
+"""Adapters that may be beside the live one at a time."""
+BASE_ROW = "__base__"
+"""PEFT's name, in a batch of several adapters, for a row that none of them answers."""
 Factors = Literal["A", "AB"]
 Snapshot = dict[str, Tensor]
 """An adapter's tensors by PEFT's saved key, float32 on the host."""
@@ -65,7 +70,13 @@ class AdaptedModel:
             self.peft: Any = get_peft_model(backbone.model, lora_config(lora), adapter_name=SLOT)
         self.peft.eval()
         self.blocks = _blocks(self.peft)
+        self._live = _saved(self.peft, SLOT)
         self._initial = self.snapshot()
+
+    @property
+    def live(self) -> str:
+        """PEFT's name of the live adapter."""
+        return SLOT
 
     @property
     def device(self) -> torch.device:
@@ -75,6 +86,11 @@ class AdaptedModel:
     def parameters(self) -> list[torch.nn.Parameter]:
         """Return the trainable parameters, in the model's order."""
         return [parameter for parameter in self.peft.parameters() if parameter.requires_grad]
+
+    @property
+    def live_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The live adapter's parameters by the key PEFT saves them under, as in a snapshot."""
+        return dict(self._live)
 
     def trainable_count(self) -> int:
         """Return the number of trainable entries."""
@@ -92,9 +108,9 @@ class AdaptedModel:
 
     def snapshot(self) -> Snapshot:
         """Copy the live adapter to the host, keyed as PEFT saves it."""
-        state = get_peft_model_state_dict(self.peft, adapter_name=SLOT)
         return {
-            key: value.detach().to("cpu", torch.float32).clone() for key, value in state.items()
+            key: parameter.detach().to("cpu", torch.float32, copy=True)
+            for key, parameter in self._live.items()
         }
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -103,15 +119,57 @@ class AdaptedModel:
         Raises:
             UsageError: its keys or shapes are not those of this model and these LoRA settings.
         """
-        own = {key: value.shape for key, value in self._initial.items()}
-        theirs = {key: value.shape for key, value in snapshot.items()}
-        if own != theirs:
-            odd = sorted(set(own.items()) ^ set(theirs.items()))[0][0]
-            raise UsageError(
-                f"the stored adapter does not fit this model: tensor {odd!r} differs",
-                "use the base and the lora settings that the run was made with",
-            )
-        set_peft_model_state_dict(self.peft, snapshot, adapter_name=SLOT)
+        _fill(self._live, snapshot)
+
+    @contextmanager
+    def beside(self, snapshots: Sequence[Snapshot]) -> Iterator[list[str]]:
+        """Put further adapters beside the live one, so that rows of one batch may differ in theirs.
+
+        They answer where a forward pass names them (PEFT's ``adapter_names``), and only in
+        evaluation mode. Afterwards they are gone; the live adapter, what is trainable and the
+        random state are as before.
+
+        Args:
+            snapshots: at most ``MOST_BESIDE``.
+
+        Yields:
+            One name per snapshot, for ``generate(adapters=...)``.
+
+        Raises:
+            UsageError: keys or shapes of a snapshot are not those of this model.
+            ValueError: too many snapshots.
+        """
+        if len(snapshots) > MOST_BESIDE:
+            raise ValueError(f"{len(snapshots)} adapters at once, at most {MOST_BESIDE}")
+        if not snapshots:
+            yield []
+            return
+        config = copy.deepcopy(self.peft.peft_config[SLOT])
+        names: list[str] = []
+        try:
+            for number, snapshot in enumerate(snapshots, start=1):
+                names.append(f"t{number:03d}")
+                with torch.random.fork_rng(self._cuda_devices()):
+                    self.peft.add_adapter(names[-1], config)
+                _fill(_saved(self.peft, names[-1]), snapshot)
+            yield list(names)
+        finally:
+            for name in names:
+                if name in self.peft.peft_config:
+                    self.peft.delete_adapter(name)
+
+    def _cuda_devices(self) -> list[torch.device]:
+        return [self.device] if self.device.type == "cuda" else []
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Switch dropout off, and back to what it was."""
+        was_training = self.peft.training
+        self.peft.eval()
+        try:
+            yield
+        finally:
+            self.peft.train(was_training)
 
     def reset(self) -> None:
         """Return the live adapter to its seeded start: A as drawn once, B zero."""
@@ -133,6 +191,23 @@ class AdaptedModel:
     def block_widths(self, factors: Factors) -> tuple[int, ...]:
         """Return the number of signature entries of every block."""
         return tuple(sum(p.numel() for p in block.parameters(factors)) for block in self.blocks)
+
+
+def mean_snapshot(members: Sequence[Snapshot]) -> Snapshot:
+    """Return the mean of A and of B over adapters, entry by entry: the same bits whenever asked.
+
+    It is a point that entries can be equal to, not the mean change of the weights, which is no
+    mean of factors.
+    """
+    if len(members) == 1:
+        return members[0]
+    mean: Snapshot = {}
+    for key in members[0]:
+        total = torch.zeros(members[0][key].shape, dtype=torch.float64)
+        for member in members:
+            total += member[key]
+        mean[key] = (total / len(members)).float()
+    return mean
 
 
 def lora_config(lora: LoraSection) -> LoraConfig:
@@ -161,6 +236,35 @@ def explain_targets() -> Iterator[None]:
             f"lora.targets: {str(error).splitlines()[0]}",
             "list module names of the model, or use lora.targets=all-linear",
         ) from None
+
+
+def _saved(peft_model: Any, slot: str) -> dict[str, torch.nn.Parameter]:
+    """Return an adapter's parameters by the key PEFT saves them under: their name less the slot."""
+    found = {}
+    for name, parameter in peft_model.named_parameters():
+        parts = name.split(".")
+        if slot in parts:
+            found[".".join(part for part in parts if part != slot)] = parameter
+    return found
+
+
+def _fill(parameters: Mapping[str, torch.nn.Parameter], snapshot: Snapshot) -> None:
+    """Copy a snapshot into an adapter's parameters, in place.
+
+    Raises:
+        UsageError: its keys or shapes are others.
+    """
+    own = {key: value.shape for key, value in parameters.items()}
+    theirs = {key: value.shape for key, value in snapshot.items()}
+    if own != theirs:
+        odd = sorted(set(own.items()) ^ set(theirs.items()))[0][0]
+        raise UsageError(
+            f"the stored adapter does not fit this model: tensor {odd!r} differs",
+            "use the base and the lora settings that the run was made with",
+        )
+    with torch.no_grad():
+        for key, parameter in parameters.items():
+            parameter.copy_(snapshot[key])
 
 
 def _targets(lora: LoraSection) -> str | list[str] | None:

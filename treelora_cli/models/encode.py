@@ -18,6 +18,9 @@ from treelora_cli.recipe import DataSection
 
 IGNORED = -100
 
+# Up to this many positions for one of an answer, filling up costs less than a mask would.
+_FILLED = 1.25
+
 
 @dataclass(frozen=True, slots=True)
 class Example:
@@ -38,39 +41,38 @@ class Example:
 class Batch:
     """Examples of one forward pass: padded below one another, or packed behind one another.
 
-    Padded: answers end at the last column, and ``labels`` are the last K tokens of every row.
-    Packed: one row without padding; positions count anew from 0 where an example begins, which is
-    how transformers knows the examples apart, and ``labels`` are the answer tokens alone.
+    Padding stands at the end, where no token of a causal model sees it: no mask is needed, and the
+    fastest attention kernels take none.
 
     Attributes:
         input_ids: int64 [B, S]; B = 1 when packed.
-        attention_mask: int64 [B, S]; None when packed.
-        position_ids: int64 [B, S]; each example counts from 0 at its first real token.
-        labels: int64 [B, K], ``IGNORED`` where a token is not the answer's.
+        position_ids: int64 [1, S] when packed: positions count anew from 0 where an example begins,
+            which is how transformers knows the examples apart. None when padded: 0 .. S - 1.
+        kept: the positions whose next token is predicted, as transformers' ``logits_to_keep`` takes
+            them: int64 [B, P], or bool [B, S] where answers differ much in length, or int64 [K]
+            when packed. Position p predicts token p + 1.
+        labels: int64 [n], what is predicted there, in the order of the logits; ``IGNORED`` where a
+            position only fills up.
         tokens: real tokens in the batch.
         answer_tokens: tokens the loss is taken over, end tokens included.
-        kept: int64 [K], the positions that predict the labels; None: the last K + 1 but one.
     """
 
     input_ids: Tensor
-    attention_mask: Tensor | None
-    position_ids: Tensor
+    position_ids: Tensor | None
+    kept: Tensor
     labels: Tensor
     tokens: int
     answer_tokens: int
-    kept: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch with its tensors on a device."""
+        positions = self.position_ids
         return replace(
             self,
             input_ids=send(self.input_ids, device),
-            attention_mask=None
-            if self.attention_mask is None
-            else send(self.attention_mask, device),
-            position_ids=send(self.position_ids, device),
+            position_ids=None if positions is None else send(positions, device),
+            kept=send(self.kept, device),
             labels=send(self.labels, device),
-            kept=None if self.kept is None else send(self.kept, device),
         )
 
 
@@ -197,55 +199,50 @@ def encoder_for(tokenizer: Any, data: DataSection, positions: int | None) -> Enc
 
 
 def collate(examples: Sequence[Example], pad: int) -> Batch:
-    """Pad examples on the left, so that all answers end in the last column.
+    """Pad examples at their end.
 
     Args:
-        examples: at least one.
-        pad: the padding token's id; masked everywhere.
+        examples: at least one; each has a prompt, for a first token is predicted by nothing.
+        pad: the padding token's id; no other token sees it.
     """
-    size = max(len(example.tokens) for example in examples)
-    keep = max(len(example.tokens) - example.answer_start for example in examples)
-    shape = (len(examples), size)
+    lengths = [len(example.tokens) for example in examples]
+    answers = [len(example.tokens) - example.answer_start for example in examples]
     # NumPy: on arrays this small a torch operation is mostly overhead, and every step pays it.
-    ids, mask, positions = np.full(shape, pad), np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    labels = np.full((len(examples), keep), IGNORED)
-    counting = np.arange(size)
+    ids = np.full((len(examples), max(lengths)), pad)
     for row, example in enumerate(examples):
-        start = size - len(example.tokens)
-        ids[row, start:] = example.tokens
-        mask[row, start:] = 1
-        positions[row, start:] = counting[: size - start]
-        answer = example.tokens[example.answer_start :]
-        labels[row, keep - len(answer) :] = answer
-    tokens = sum(len(example.tokens) for example in examples)
-    answers = sum(len(example.tokens) - example.answer_start for example in examples)
-    return Batch(
-        torch.from_numpy(ids),
-        torch.from_numpy(mask),
-        torch.from_numpy(positions),
-        torch.from_numpy(labels),
-        tokens,
-        answers,
-    )
+        ids[row, : lengths[row]] = example.tokens
+    longest = max(answers)
+    if longest * len(examples) > _FILLED * sum(answers):
+        # A mask makes an accelerator's host wait for its size, but computes nothing in vain.
+        columns = np.arange(ids.shape[1])
+        starts = np.array([example.answer_start - 1 for example in examples])[:, None]
+        ends = np.array(lengths)[:, None] - 1
+        kept = (columns >= starts) & (columns < ends)
+        labels = np.concatenate([ex.tokens[ex.answer_start :] for ex in examples])
+    else:
+        kept = np.zeros((len(examples), longest), np.int64)
+        filled = np.full((len(examples), longest), IGNORED)
+        for row, example in enumerate(examples):
+            kept[row, : answers[row]] = np.arange(example.answer_start - 1, lengths[row] - 1)
+            filled[row, : answers[row]] = example.tokens[example.answer_start :]
+        labels = filled.reshape(-1)
+    tensors = [torch.from_numpy(array) for array in (ids, kept, labels)]
+    return Batch(tensors[0], None, tensors[1], tensors[2], sum(lengths), sum(answers))
 
 
 def pack(examples: Sequence[Example], pad: int) -> Batch:
     """Put examples behind one another, without padding.
 
     Args:
-        examples: at least one; each has a prompt, for its first token is predicted by nothing.
+        examples: at least one; each has a prompt, for a first token is predicted by nothing.
         pad: not used; there is no padding.
     """
     ids = torch.tensor([token for example in examples for token in example.tokens])
     positions = torch.cat([torch.arange(len(example.tokens)) for example in examples])
     starts = torch.tensor([example.answer_start for example in examples])
     lengths = torch.tensor([len(example.tokens) for example in examples])
-    is_answer = positions >= starts.repeat_interleave(lengths)
-    at = is_answer.nonzero().squeeze(1)
-    return Batch(
-        ids.unsqueeze(0), None, positions.unsqueeze(0), ids[at].unsqueeze(0), len(ids), len(at),
-        at - 1,
-    )  # fmt: skip
+    at = (positions >= starts.repeat_interleave(lengths)).nonzero().squeeze(1)
+    return Batch(ids.unsqueeze(0), positions.unsqueeze(0), at - 1, ids[at], len(ids), len(at))
 
 
 def pad_prompts(sequences: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:

@@ -120,6 +120,8 @@ def prompt_features(
     by_length = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
     found: dict[int, Tensor] = {}
     was_training = adapted.peft.training
+    # PEFT makes the whole adapter trainable when it switches it on again.
+    frozen = [p for p in adapted.live_parameters.values() if not p.requires_grad]
     adapted.peft.eval()
     try:
         with torch.inference_mode(), adapted.peft.disable_adapter():
@@ -131,6 +133,8 @@ def prompt_features(
                 found.update(zip(chosen, pooling(states, mask.to(adapted.device)), strict=True))
     finally:
         adapted.peft.train(was_training)
+        for parameter in frozen:
+            parameter.requires_grad_(False)
     return torch.stack([found[i] for i in range(len(tokens))]) if tokens else torch.zeros(0, 0)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.nn import functional
+from transformers.modeling_utils import slice_logits_to_keep
 
 from treelora_cli.models.adapted import AdaptedModel
 from treelora_cli.models.encode import IGNORED, Batch
@@ -17,27 +18,22 @@ from treelora_cli.models.encode import IGNORED, Batch
 def answer_loss(adapted: AdaptedModel, batch: Batch) -> Tensor:
     """Return the summed cross-entropy of the answer tokens (scalar, float32).
 
-    The output layer is computed where answers are predicted only. Position p predicts token p + 1,
-    and padded answers end in the last column: there it is the last K + 1 positions but one.
+    The output layer is computed where answers are predicted only.
     """
-    keep = batch.labels.shape[1] + 1 if batch.kept is None else batch.kept
-    inputs: dict[str, Any] = {
-        "input_ids": batch.input_ids,
-        "attention_mask": batch.attention_mask,
-        "use_cache": False,
-    }
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
     accepted = forward_parameters(adapted.backbone.model)
-    if "position_ids" in accepted:
+    if batch.position_ids is not None:
         inputs["position_ids"] = batch.position_ids
     if "logits_to_keep" in accepted:
-        inputs["logits_to_keep"] = keep
+        inputs["logits_to_keep"] = batch.kept
     logits = adapted.peft(**inputs).logits
-    if isinstance(keep, int):
-        logits = logits[:, -keep:-1]
-    elif "logits_to_keep" not in accepted:
-        logits = logits[:, keep]
+    if "logits_to_keep" not in accepted:
+        logits = slice_logits_to_keep(logits, batch.kept)
     return functional.cross_entropy(
-        logits.float().flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED, reduction="sum"
+        logits.float().view(len(batch.labels), -1),
+        batch.labels,
+        ignore_index=IGNORED,
+        reduction="sum",
     )
 
 

@@ -5,15 +5,22 @@ from __future__ import annotations
 import math
 import os
 import shlex
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from treelora_cli.errors import RunDirError
 from treelora_cli.report import metrics
 from treelora_cli.report.losses import loss_curves
-from treelora_cli.report.model import JOINT, SYNTHETIC, LossPoint, RunReport, TaskReport
+from treelora_cli.report.model import (
+    JOINT,
+    SYNTHETIC,
+    LossPoint,
+    RoutedScores,
+    RunReport,
+    TaskReport,
+)
 from treelora_cli.report.scoring import Scored, score
 from treelora_cli.report.settings import origin_of, settings_of
 from treelora_cli.report.treedoc import read_tree
@@ -22,6 +29,7 @@ from treelora_cli.rundir.atomic import committed
 from treelora_cli.rundir.events import read_events
 from treelora_cli.rundir.jsonfile import read_json
 from treelora_cli.rundir.layout import RunDir
+from treelora_cli.rundir.merged import read_facts, read_merged
 from treelora_cli.rundir.scores import Cell, Scores
 
 Json = dict[str, Any]
@@ -40,11 +48,23 @@ def collect(run_path: Path) -> RunReport:
     """
     run = RunDir.open(run_path)
     info = run.info.to_json()
-    cells = Scores.load(run.scores).cells
+    decoding = _text(info.get("decoding"))
+    cells = _count_open_tasks(Scores.load(run.scores).cells, decoding)
     mode = _text(info.get("mode")) or "latest"
-    scored = score(info["tasks"], cells, mode, _text(info.get("decoding")))
+    scored = score(info["tasks"], cells, mode, decoding)
     sources = _Sources(run, info, cells, read_events(run.events), scored)
     return _report(run_path, sources, _tasks(sources))
+
+
+def _count_open_tasks(cells: list[Cell], decoding: str | None) -> list[Cell]:
+    """Let the answers of tasks without labels count in a run that is scored by likelihood.
+
+    Labels cannot be compared where there are none: the run itself generates such answers.
+    """
+    if decoding != "likelihood":
+        return cells
+    labelled = {cell.task for cell in cells if cell.decoding == decoding}
+    return [cell if cell.task in labelled else replace(cell, decoding=decoding) for cell in cells]
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +197,27 @@ def _report(run_path: Path, sources: _Sources, tasks: tuple[TaskReport, ...]) ->
         command=_command(info.get("command")),
         settings=settings_of(recipe),
         origin=origin_of(info),
+        merged=tuple(_merged(run)),
+        routed=tuple(_routed(sources.cells, scored)),
     )
+
+
+def _merged(run: RunDir) -> Iterator[tuple[tuple[str, ...], float | None]]:
+    for group in read_merged(run):
+        names = tuple(clean(run.info.tasks[member]["name"]) for member in group.members)
+        merges = read_facts(run, group).get("merges")
+        last = merges[-1] if isinstance(merges, list) and merges else None
+        yield names, _number(_mapping(last).get("error"))
+
+
+def _routed(cells: Sequence[Cell], scored: Scored) -> Iterator[RoutedScores]:
+    """The numbers under each way of routing whose last row is complete."""
+    ways = {cell.adapter for cell in cells if cell.adapter.split(":")[0] == "route"}
+    for way in sorted(ways):
+        R = metrics.matrix_from_scores(cells, scored.names, way, scored.decoding)[: scored.learned]
+        op = metrics.op(R)
+        if op is not None:
+            yield RoutedScores(clean(way), op, metrics.bwt(R), metrics.bwt_lopez_paz(R))
 
 
 def _recipe(path: Path) -> str:

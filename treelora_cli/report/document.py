@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from treelora_cli.report.groups import Group, Spread, grouped
@@ -78,6 +79,8 @@ def _run(report: RunReport) -> Json:
             "total": report.total_seconds,
         },
         "missing": [{"after": after, "task": task} for after, task in report.missing],
+        "merged": [{"tasks": list(tasks), "error": error} for tasks, error in report.merged],
+        "routed": [asdict(way) for way in report.routed],
         "limited_cells": report.limited_cells,
         "limited_matrix": [list(row) for row in report.limited_matrix] or None,
         "tree": report.tree,

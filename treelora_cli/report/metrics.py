@@ -166,8 +166,8 @@ def matrix_from_scores(
     Args:
         scores: the cells of a run.
         tasks: task names in the order of training.
-        mode: the adapter mode; under ``own`` a task's adapter never changes, so R[i][j] = R[j][j]
-            for i >= j.
+        mode: the adapter mode; under ``own`` a task's adapter changes only when it is merged with
+            another, so R[i][j] = R[j][j] for i >= j up to then.
         decoding: the decoding of the cells; None takes the most common one of that mode.
         limited: arrange what ``--limit`` made instead of the full test cells; for the eye only.
     """
@@ -183,11 +183,16 @@ def matrix_from_scores(
 
 
 def _repeat_own(R: list[list[float | None]]) -> list[list[float | None]]:
-    """Fill each column from the diagonal on with the one score of the task's own adapter."""
+    """Fill each column from the diagonal on: a score of a task's own adapter holds until the next.
+
+    There is a next one where the adapter was merged with others; the first one, however late it
+    was measured, holds from the beginning.
+    """
     for j in range(len(R)):
         measured = [R[i][j] for i in range(j, len(R)) if R[i][j] is not None]
+        known = measured[0] if measured else None
         for i in range(j, len(R)):
-            R[i][j] = measured[0] if measured else None
+            R[i][j] = known = known if R[i][j] is None else R[i][j]
     return R
 
 

@@ -27,6 +27,23 @@ class LossPoint:
 
 
 @dataclass(frozen=True, slots=True)
+class RoutedScores:
+    """The numbers of a run whose adapters were chosen by the looks of each prompt.
+
+    Attributes:
+        adapter: in which way, as scores.json names it: ``route[:THRESHOLD][:stripped]``.
+        op: overall performance.
+        bwt: backward transfer, the TreeLoRA paper's sign; None unless its history was scored.
+        bwt_lopez_paz: backward transfer, Lopez-Paz & Ranzato's sign.
+    """
+
+    adapter: str
+    op: float
+    bwt: float | None
+    bwt_lopez_paz: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class TaskReport:
     """One task of the stream; None where something was not measured or not recorded.
 
@@ -107,6 +124,8 @@ class RunReport:
         command: the command line that repeats the run.
         settings: what the recipe sets, by dotted name, without the seed.
         origin: what the run learned from and how it answers, as text to compare.
+        merged: the merged adapters: the tasks that each answers for, and its last merge's error.
+        routed: the same numbers where no task is named, for every way of routing that was scored.
     """
 
     path: str
@@ -139,6 +158,8 @@ class RunReport:
     command: str | None = None
     settings: dict[str, str] = field(default_factory=dict)
     origin: str = ""
+    merged: tuple[tuple[tuple[str, ...], float | None], ...] = ()
+    routed: tuple[RoutedScores, ...] = ()
 
     @property
     def synthetic(self) -> bool:

@@ -53,7 +53,9 @@ def facts(info: RunInfo, document: Json) -> list[str]:
     found = [f"{who}, after {tasks[-1]} ({len(tasks)} task{'s' * (len(tasks) != 1)})"]
     signature = document.get("signature")
     if isinstance(signature, dict) and signature.get("kind"):
-        found.append(f"signature {signature['kind']} over {signature.get('blocks')} blocks")
+        blocks = signature.get("blocks")
+        over = f" over {blocks} blocks" if blocks != 1 else ""
+        found.append(f"signature {signature['kind']}{over}")
     if document.get("split"):
         found.append(f"split {document['split']}, block rule {document.get('block_rule')}")
     return found

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from treelora_cli.report.model import SYNTHETIC, RunReport
+from treelora_cli.report.model import SYNTHETIC, RoutedScores, RunReport
 
 NOT_MEASURED = "—"
 NOT_DEFINED = "n/a"
@@ -173,6 +173,9 @@ def notices(reports: Sequence[RunReport]) -> list[str]:
                 f"{prefix}all tasks were learned at once: BWT, forgetting and FWT are not defined "
                 f"({NOT_DEFINED})"
             )
+        if report.merged:
+            found.append(f"{prefix}{_merged(report)}")
+        found += [f"{prefix}{_routed(way)}" for way in report.routed]
         if report.limited_cells:
             many = (
                 "1 score was"
@@ -181,6 +184,23 @@ def notices(reports: Sequence[RunReport]) -> list[str]:
             )
             found.append(f"{prefix}{many} made with --limit; such scores enter no number")
     return found + _differences(reports)
+
+
+def _merged(report: RunReport) -> str:
+    """Which tasks share an adapter, and how far their weights moved when the last one came in."""
+    shared = [
+        " + ".join(tasks) + ("" if error is None else f" (error {error:.2g})")
+        for tasks, error in report.merged
+    ]
+    return f"with own or route these tasks answer through one merged adapter: {'; '.join(shared)}"
+
+
+def _routed(way: RoutedScores) -> str:
+    """The numbers where each prompt is answered by the adapter of the task it looks like."""
+    numbers = f"OP {percent(way.op)}"
+    if way.bwt is not None:
+        numbers += f", BWT {signed(way.bwt)}"
+    return f"with {way.adapter}, where no task is named: {numbers}"
 
 
 def _differences(reports: Sequence[RunReport]) -> list[str]:

@@ -52,7 +52,7 @@ _READ_TRIES = 10
 
 
 @contextmanager
-def commit_dir(target: Path) -> Iterator[Path]:
+def commit_dir(target: Path, *, beside: str = "") -> Iterator[Path]:
     """Give the body an empty temporary folder to fill; then make it the folder at ``target``.
 
     An existing folder at ``target`` is replaced as a whole: what it holds beside the new files
@@ -61,6 +61,8 @@ def commit_dir(target: Path) -> Iterator[Path]:
 
     Args:
         target: where the unit is to be.
+        beside: a folder in the unit that no manifest lists, such as its predictions; where the
+            existing unit has it, the new one gets it too, still not listed.
 
     Yields:
         The temporary folder, a sibling of ``target``.
@@ -81,6 +83,8 @@ def commit_dir(target: Path) -> Iterator[Path]:
             faults.hit("atomic.tmp-written")
             write_manifest(temporary)
             faults.hit("atomic.manifest-written")
+            if beside and (target / beside).is_dir():
+                shutil.copytree(target / beside, temporary / beside, copy_function=_link)
             _sync_tree(temporary)
             faults.hit("atomic.synced")
             _put_in_place(temporary, target, aside)
@@ -106,6 +110,14 @@ def _put_in_place(temporary: Path, target: Path, aside: Path) -> None:
     if replacing:
         discard(aside)
         faults.hit("atomic.old-removed")
+
+
+def _link(source: str, target: str) -> None:
+    """Let a file have a second name; where the file system knows none, copy it."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copyfile(source, target, follow_symlinks=False)
 
 
 def _roll_back(temporary: Path, target: Path, aside: Path) -> None:

@@ -14,8 +14,16 @@ from treelora_cli.rundir.lock import HOLDER, OS_LOCK
 from treelora_cli.rundir.runinfo import RunInfo, TaskEntry, read_info
 from treelora_cli.rundir.storage import storage_errors
 
-_FILES = ("run.json", "recipe.yaml", "events.jsonl", "scores.json", HOLDER, "tree/tree.json")
-_FOLDERS = ("tasks", "tree", "tree/history", "checkpoint", "predictions")
+_FILES = (
+    "run.json",
+    "recipe.yaml",
+    "events.jsonl",
+    "scores.json",
+    HOLDER,
+    "tree/tree.json",
+    "merged/merged.json",
+)
+_FOLDERS = ("tasks", "tree", "tree/history", "checkpoint", "predictions", "merged")
 _BEFORE_RUN_JSON = frozenset({OS_LOCK, HOLDER, "recipe.yaml"})
 
 
@@ -117,7 +125,7 @@ class RunDir:
         Returns:
             The leftovers dealt with.
         """
-        fixed = (self.tasks, self.tree, self.tree / "history", self.checkpoints)
+        fixed = (self.tasks, self.tree, self.tree / "history", self.checkpoints, self.merged)
         tasks = sorted(self.tasks.iterdir()) if self.tasks.is_dir() else []
         units = (self.path, *tasks)
         places = [self.path, *fixed, *tasks, *(unit / "predictions" for unit in units)]
@@ -210,6 +218,20 @@ class RunDir:
         """The unit that holds what a task left."""
         return self.tasks / f"{index:03d}-{name}"
 
+    @property
+    def merged(self) -> Path:
+        """The folder of the adapters that answer for several tasks each."""
+        return self.path / "merged"
+
+    @property
+    def merged_json(self) -> Path:
+        """Which tasks a merged adapter answers for now; see ``rundir.merged``."""
+        return self.merged / "merged.json"
+
+    def merged_dir(self, unit: str) -> Path:
+        """The unit of one merged adapter."""
+        return self.merged / unit
+
     def predictions(
         self, after: tuple[int, str] | None, task: str, adapter: str, split: str
     ) -> Path:
@@ -218,7 +240,7 @@ class RunDir:
         Args:
             after: (index, name) of the last trained task, or None before any training.
             task: the evaluated task.
-            adapter: ``latest``, ``own``, ``route``, ``base`` or ``task:NAME``.
+            adapter: as a cell of scores.json names it.
             split: the evaluated split.
         """
         place = self.path if after is None else self.task_dir(*after)

@@ -26,7 +26,9 @@ class Cell:
     Attributes:
         after: the last trained task; None before any training (zero shot).
         task: the task that was evaluated.
-        adapter: which adapter answered: ``latest``, ``own``, ``route``, ``task:NAME``, ``base``.
+        adapter: which adapter answered: ``latest``, ``own``, ``task:NAME`` or ``base``; or for each
+            row that of the task it looks like, ``route[:THRESHOLD][:stripped]``: rows less typical
+            than the threshold went to the base, prompts were looked at without their instruction.
         split: ``eval`` or ``test``.
         rows: how many rows were evaluated.
         limited: True if ``--limit`` left rows out; such a cell never enters a summary.
@@ -34,7 +36,9 @@ class Cell:
         metric: the metric of ``score``.
         score: 0 to 1, higher is better.
         scores: every reading by metric name, ``score`` included.
-        adapter_hash: SHA-256 of the weights that answered.
+        adapter_hash: SHA-256 of the weights that answered; under ``route`` over those of all
+            adapters, what is known of each task's prompts, and how was routed.
+        code: the version of prompts, decoding and metrics; files from before it was kept have 1.
     """
 
     after: str | None
@@ -48,6 +52,7 @@ class Cell:
     score: float
     scores: dict[str, float] = field(hash=False)
     adapter_hash: str = ""
+    code: int = 1
 
     @property
     def key(self) -> Key:
@@ -60,6 +65,19 @@ class Cell:
             self.rows,
             self.limited,
             self.decoding,
+        )
+
+    @property
+    def source(self) -> tuple[str, str, str, int, bool, str, int]:
+        """What decides the answers: two cells that share it have the same ones."""
+        return (
+            self.adapter_hash,
+            self.task,
+            self.split,
+            self.rows,
+            self.limited,
+            self.decoding,
+            self.code,
         )
 
 
@@ -95,6 +113,14 @@ class Scores:
     def get(self, key: Key) -> Cell | None:
         """Return the cell with that key, or None."""
         return self._cells.get(key)
+
+    def same_answers(self, wanted: Cell) -> Cell | None:
+        """Return a cell that has the answers of a wanted one, whatever its key, or None.
+
+        Equal are the weights, the rows, the decoding and the code. Base and task need not be
+        compared by content: a run has one base, and one fingerprint a task, checked when opened.
+        """
+        return next((cell for cell in self.cells if cell.source == wanted.source), None)
 
     @classmethod
     def load(cls, path: Path) -> Scores:
@@ -133,7 +159,7 @@ def _order(key: Key) -> tuple[str, str, str, str, int, bool, str]:
 
 def _cell(path: Path, number: int, row: Any) -> Cell:
     names = {entry.name for entry in fields(Cell)}
-    if not isinstance(row, dict) or set(row) != names:
+    if not isinstance(row, dict) or set(row) | {"code"} != names:
         raise _damaged(path, f"cell {number} does not have the fields of a cell")
     problem = _problem(row)
     if problem:
@@ -151,6 +177,7 @@ def _problem(row: dict[str, Any]) -> str:
         f"one of {', '.join(texts)} is no text": all(isinstance(row[name], str) for name in texts),
         "'limited' is neither true nor false": isinstance(row["limited"], bool),
         "'rows' is no count": type(rows) is int and rows >= 0,
+        "'code' is no version": type(row.get("code", 1)) is int,
         "'score' is no finite number": _is_number(row["score"]),
         "'scores' holds something that is no finite number": isinstance(readings, dict)
         and all(map(_is_number, readings.values())),
