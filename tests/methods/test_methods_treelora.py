@@ -35,7 +35,8 @@ def model(tiny_model: Path) -> AdaptedModel:
 def make(
     model: AdaptedModel, bandit: dict[str, object] | None = None, **settings: object
 ) -> TreeLora:
-    method = TreeLora(TreeLoraSettings(**settings))
+    paper = {"form": "subgradient", "target": "path"}
+    method = TreeLora(TreeLoraSettings(**(paper | settings)))
     method.start(StreamContext(7, BanditSection(**(bandit or {})), TreeSection()), model)
     return method
 

@@ -50,7 +50,7 @@ def move(model: AdaptedModel, seed: int, size: float = 0.05) -> None:
 
 
 def make(model: AdaptedModel, bandit: dict[str, object] | None = None, **own: object) -> TreeLora:
-    method = TreeLora(TreeLoraSettings(**own))
+    method = TreeLora(TreeLoraSettings(**({"form": "subgradient"} | own)))
     method.start(StreamContext(7, BanditSection(**(bandit or {})), TreeSection()), model)
     return method
 

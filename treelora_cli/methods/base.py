@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from pydantic import ValidationError
 from torch import Tensor
 
+from treelora_cli.errors import RunDirError
 from treelora_cli.models.adapted import AdaptedModel, Snapshot
 from treelora_cli.recipe import BanditSection, Recipe, Section, TreeSection, validation_problem
 
@@ -133,6 +134,21 @@ class StoredTask:
     name: str
     memory: TaskMemory
     adapter: Callable[[], Snapshot] = _no_adapter
+
+
+def stored_tree(task: StoredTask) -> TreeRecord:
+    """Return what a tree-growing method stored of a task.
+
+    Raises:
+        RunDirError: its tree is missing.
+    """
+    record = task.memory.tree
+    if record is None:
+        raise RunDirError(
+            f"task {task.name} has no tree in the run directory",
+            "put tree/history back, or start a new run",
+        )
+    return record
 
 
 class Departure(NamedTuple):

@@ -33,6 +33,7 @@ from treelora_cli.methods.base import (
     TaskContext,
     TaskMemory,
     TreeRecord,
+    stored_tree,
 )
 from treelora_cli.models.adapted import AdaptedModel, Snapshot
 from treelora_cli.tree.build import update_tree
@@ -87,12 +88,7 @@ class TreeLora(Method):
             RunDirError: a task's tree is missing or is not one of this model.
         """
         for task in finished:
-            record = task.memory.tree
-            if record is None:
-                raise RunDirError(
-                    f"task {task.name} has no tree in the run directory",
-                    "put tree/history back, or start a new run",
-                )
+            record = stored_tree(task)
             alone = from_tensors(record.tensors, [task.name])
             if alone.widths != self.bank.widths:
                 raise RunDirError(
@@ -100,8 +96,8 @@ class TreeLora(Method):
                 )
             self.bank = self.bank.add(task.name, alone.values[0], alone.displacements[0])
             self.snapshots.append(task.adapter)
-        if finished and finished[-1].memory.tree is not None:
-            self.tree = from_document(finished[-1].memory.tree.document)
+        if finished:
+            self.tree = from_document(stored_tree(finished[-1]).document)
         if self.group_start is not None:
             self.group_start.restore(finished)
         if self.proximal is not None:

@@ -31,6 +31,7 @@ from treelora_cli.methods.base import (
     TaskContext,
     TaskMemory,
     TreeRecord,
+    stored_tree,
 )
 from treelora_cli.models.adapted import AdaptedModel
 from treelora_cli.tree.official import (
@@ -91,13 +92,7 @@ class TreeLoraOfficial(Method):
         """
         vectors = [self.stored]
         for task in finished:
-            record = task.memory.tree
-            if record is None:
-                raise RunDirError(
-                    f"task {task.name} has no tree in the run directory",
-                    "put tree/history back, or start a new run",
-                )
-            bank = from_tensors(record.tensors, [task.name])
+            bank = from_tensors(stored_tree(task).tensors, [task.name])
             if bank.widths != self._widths():
                 raise RunDirError(
                     f"what is stored of task {task.name} is not of this model's shape",
