@@ -138,7 +138,7 @@ def test_another_base_is_refused(treelora, tiny_model, data, tmp_path) -> None:
 def test_eval_mistakes(treelora, tiny_model, data, tmp_path) -> None:
     run = tmp_path / "run"
     assert train(treelora, tiny_model, data, run).code == 0
-    check(treelora("eval", run, "--adapter", "newest"), 2, "latest, own or task:NAME")
+    check(treelora("eval", run, "--adapter", "newest"), 2, "latest, own, route or task:NAME")
     check(treelora("eval", run, "--adapter", "task:alpa"), 2, "did you mean 'alpha'")
     check(treelora("eval", run, "--tasks", "beta"), 2, "'beta' is not in this run")
 

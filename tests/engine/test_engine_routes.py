@@ -486,6 +486,22 @@ def test_likelihood_and_few_rows(run) -> None:
     assert whole.adapter_hash == cell.adapter_hash, "few rows are routed by all that is known"
 
 
+def test_what_routing_needs_of_the_data_is_the_runs_own(treelora, run, data, tmp_path) -> None:
+    """However few rows are asked; and other rows of a task that is not asked are refused."""
+    way = RouteRequest(stripped=True)
+    (few,), (whole,) = (route(run, way, tasks=["alpha"], limit=limit).cells for limit in (2, None))
+    assert few.adapter_hash == whole.adapter_hash
+    other = Path(shutil.copytree(data, tmp_path / "other"))
+    shutil.rmtree(other / "gamma")
+    shutil.copytree(data / "delta", other / "gamma")
+    outcome = treelora(
+        "eval", run, "--adapter", "route", "--strip-instructions", "--tasks", "alpha",
+        "--data", other,
+    )  # fmt: skip
+    assert outcome.code == 4
+    assert "the rows of task gamma are not those of the run" in outcome.err
+
+
 def test_the_tree_over_prompts(treelora, bare, tiny_model, data, tmp_path) -> None:
     alone = treelora("tree", "show", bare, "--features")
     assert alone.code == 0, alone

@@ -118,20 +118,29 @@ def test_the_first_task_is_free_and_the_group_comes_after_its_part(model: Adapte
     assert method.reference == (0,)
 
 
-def test_the_group_is_that_of_the_task_pulled_most(model: AdaptedModel) -> None:
-    method = make(model, fixed_after=0.75, target="path")
+@pytest.mark.parametrize("scope", ["model", "block"])
+def test_the_group_is_that_of_the_nearest_task_not_of_the_first_one(
+    model: AdaptedModel, scope: str
+) -> None:
+    """Two pulls of the leftmost task come before any feedback; they must not decide."""
+    method = TreeLora(TreeLoraSettings(form="proximal", fixed_after=0.75, target="path"))
+    method.start(StreamContext(7, BanditSection(scope=scope), TreeSection()), model)
     for index in range(4):
         work(method, model, index, 0.1)
     before = method.tree
     method.begin_task(task(4))
-    pulled = []
+    seen: dict[int, list[float]] = {}
     for number in range(6):
         method.penalty(step(number))
-        move(model, number)
-        pulled += method.after_step(step(number)).get("arms", [])
-    most = max(range(4), key=lambda arm: (pulled.count(arm), -arm))
+        shown = method.after_step(step(number))
+        for arm, xi in zip(shown["arms"], shown["xi"].read(), strict=True):
+            seen.setdefault(arm, []).append(xi)
+        move(model, number, 0.01)
+    means = {arm: sum(xis) / len(xis) for arm, xis in seen.items()}
+    nearest = min(means, key=means.__getitem__)
     assert before is not None
-    assert method.reference == group_of(before, most)
+    assert method.reference == group_of(before, nearest)
+    assert nearest == 3  # the weights start where the last task left them
 
 
 @pytest.mark.parametrize("stop", [1, 5])

@@ -29,7 +29,6 @@ MANY = 10_000
 WARMUP = 5
 
 
-
 @dataclass(frozen=True, slots=True)
 class Bench:
     """A shape at which steps are timed.

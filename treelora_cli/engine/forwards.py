@@ -75,6 +75,4 @@ class Forwards:
     def _groups(self, rows: Sequence[Example]) -> list[list[int]]:
         lengths = [len(row.tokens) for row in rows]
         optim = self._optim
-        return group_by_length(
-            lengths, optim.micro_batch_size, self._tokens, packed=optim.packing
-        )
+        return group_by_length(lengths, optim.micro_batch_size, self._tokens, packed=optim.packing)

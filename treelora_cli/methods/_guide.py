@@ -110,9 +110,16 @@ class Guide:
             arms, xis = self._unread.popleft()
             self.search.update(arms, xis.read())
 
-    def pulls(self) -> list[list[int]]:
-        """Return how often each task was pulled, for every search."""
-        return [one["pulls"] for one in self.search.statistics()]
+    def means(self) -> dict[int, float]:
+        """Return the mean feedback of every task that was pulled, over all searches."""
+        sums: dict[int, float] = {}
+        pulls: dict[int, int] = {}
+        for one in self.search.statistics():
+            for arm, (count, mean) in enumerate(zip(one["pulls"], one["means"], strict=True)):
+                if count:
+                    sums[arm] = sums.get(arm, 0.0) + count * mean
+                    pulls[arm] = pulls.get(arm, 0) + count
+        return {arm: total / pulls[arm] for arm, total in sums.items()}
 
     def state(self) -> dict[str, Any]:
         """Return the search, the arms aimed at and the unread feedback as JSON values."""

@@ -234,7 +234,7 @@ class TreeLora(Method):
         done = step.step + 1
         if self.proximal is not None and done >= self.settings.fixed_after * self.task.steps:
             self.guide.learn(left=0)
-            self._fix(self._group_pulled(self.guide), self.task.steps - done)
+            self._fix(self._nearest_group(self.guide), self.task.steps - done)
         return self.observed
 
     def _proximal(self) -> Proximal:
@@ -242,10 +242,14 @@ class TreeLora(Method):
             raise RuntimeError("a group is fixed in the proximal form only")
         return self.proximal
 
-    def _group_pulled(self, guide: Guide) -> tuple[int, ...]:
-        """Return the group of the task that was pulled most often, the earlier one on ties."""
-        pulls = [sum(counts) for counts in zip(*guide.pulls(), strict=True)]
-        task = max(range(len(pulls)), key=lambda arm: (pulls[arm], -arm))
+    def _nearest_group(self, guide: Guide) -> tuple[int, ...]:
+        """Return the group of the task whose feedback was lowest on average, the earlier on ties.
+
+        Not of the one pulled most often: where a quarter of a task is hardly more steps than there
+        are tasks, that is the one which happened to come first.
+        """
+        means = guide.means()
+        task = min(means, key=lambda arm: (means[arm], arm))
         if self.settings.target == "leaf" or self.tree is None:
             return (task,)
         return group_of(self.tree, task)
