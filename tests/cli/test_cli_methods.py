@@ -33,7 +33,7 @@ def test_one_method_shows_settings_and_departures(treelora) -> None:
                for departure in one["departures"])  # fmt: skip
     settings = {key["key"]: key for key in json.loads(
         treelora("methods", "treelora", "--json").out)["settings"]}  # fmt: skip
-    assert settings["lambda"]["default"] == 0.5
+    assert settings["lambda"]["default"] == 3
     assert settings["target"]["values"] == ["path", "leaf"]
 
 

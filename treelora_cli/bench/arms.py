@@ -21,8 +21,8 @@ from treelora_cli.recipe import MethodSection, OptimSection, Recipe
 class PlainLoop:
     """LoRA training with PEFT and torch alone, nothing that is not needed.
 
-    Rows of one length, so that there is nothing to pad; tensors made of the tokens at every step, as
-    any loader has to; logits at the answers alone; no value read back.
+    Rows of one length, so that there is nothing to pad; tensors made of the tokens at every step,
+    as any loader has to; logits at the answers alone; no value read back.
 
     Args:
         adapted: its PEFT model is trained.

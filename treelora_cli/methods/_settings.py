@@ -17,7 +17,7 @@ class TreeLoraSettings(MethodSettings):
     """
 
     strength: Annotated[float, Field(ge=0)] = Field(
-        5.0,
+        3.0,
         alias="lambda",
         description="strength of the penalty, the same on every backbone: mean displacements that "
         "the group takes back (proximal), weight beside the loss (subgradient; the paper's 0.5)",

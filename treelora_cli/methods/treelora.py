@@ -6,9 +6,12 @@ the released code compares weights. Which of them is compared here is ``signatur
 
 Per optimizer step, from the second task on: a bandit walks the tree of earlier tasks to one of
 them (Eq. 2), the distance xi of the live signature to its signature is the feedback, and an L1
-penalty pulls the live signature toward the chosen path (Eq. 3).
+penalty pulls the live signature toward it (Eq. 3). By default that is so for a quarter of the task;
+then the nearest task is fixed, and A and B are soft-thresholded onto its adapter (``_proximal``).
+With ``form: subgradient`` it goes on to the end, as in the paper.
 Stored per task: the adapter, its signature [F] and the mean displacement of every block [D].
 Cost per step: O(F) for one signature, O(depth) for the search, whatever the number of tasks.
+No step waits for the device: see ``_guide``.
 """
 
 from __future__ import annotations
