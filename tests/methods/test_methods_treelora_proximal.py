@@ -143,6 +143,21 @@ def test_the_group_is_that_of_the_nearest_task_not_of_the_first_one(
     assert nearest == 3  # the weights start where the last task left them
 
 
+def test_a_task_pulled_often_but_far_away_is_not_the_group(model: AdaptedModel) -> None:
+    method = make(model, fixed_after=0.125)  # fixed after the first of eight steps
+    for index in range(4):
+        work(method, model, index)
+    method.begin_task(task(4))
+    guide = method.guide
+    assert guide is not None
+    for arm, xi in ((0, 5.0), (0, 5.5), (0, 5.0), (2, 1.0), (2, 1.5), (3, 1.5)):
+        guide.search.update((arm,), [xi])
+    guide.aim((0,), fetch=True)
+    method.penalty(step(0))
+    method.after_step(step(0))
+    assert method.reference == (2,)
+
+
 @pytest.mark.parametrize("stop", [1, 5])
 def test_a_resumed_task_ends_in_the_same_bytes(model: AdaptedModel, stop: int) -> None:
     method = make(model, **{"lambda": 3.0})
