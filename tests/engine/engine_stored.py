@@ -59,7 +59,7 @@ def add_task(
     run: RunDir, index: int, snapshot: Snapshot, reference: Sequence[int] = (), form: str = "delta"
 ) -> None:
     """Store a task; with a reference as its difference from it."""
-    adapted = SimpleNamespace(snapshot=lambda: snapshot, config_document=lambda: dict(CONFIG))
+    adapted = SimpleNamespace(answer=lambda: snapshot, config_document=lambda _: dict(CONFIG))
     document = {"index": index, "name": NAMES[index], "steps": 4}
     memory = TaskMemory({"kept": torch.arange(3.0)}, reference=tuple(reference))
     save_task(run, adapted, document, memory, {}, form)  # type: ignore[arg-type]

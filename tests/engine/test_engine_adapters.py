@@ -13,7 +13,7 @@ from engine_stored import NAMES, add_task, new_run, partly, random_adapter, same
 from treelora_cli.engine import adapters
 from treelora_cli.engine.adapters import load_adapter, load_adapters, recommit, snapshot_hash
 from treelora_cli.errors import RunDirError
-from treelora_cli.models.adapted import mean_snapshot
+from treelora_cli.models.snapshot import mean_snapshot
 from treelora_cli.rundir.atomic import commit_dir, write_json
 from treelora_cli.rundir.manifest import verify
 from treelora_cli.rundir.tensors import save_tensors

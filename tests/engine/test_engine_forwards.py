@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from treelora_cli.engine.batches import BatchPlan
 from treelora_cli.engine.forwards import Forwards
-from treelora_cli.engine.gradients import mean_gradient
 from treelora_cli.models.adapted import AdaptedModel
 from treelora_cli.models.backbone import load_backbone
 from treelora_cli.models.encode import Example
 from treelora_cli.models.grouping import group_by_length
+from treelora_cli.models.probe import mean_gradient
 from treelora_cli.recipe import LoraSection, ModelSection, OptimSection
 
 

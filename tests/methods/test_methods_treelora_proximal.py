@@ -13,8 +13,9 @@ from treelora_cli.methods._proximal import MOVED, Proximal
 from treelora_cli.methods._starts import group_of
 from treelora_cli.methods.base import StepContext, StoredTask, StreamContext, TaskContext
 from treelora_cli.methods.treelora import TreeLora, TreeLoraSettings
-from treelora_cli.models.adapted import AdaptedModel, mean_snapshot
+from treelora_cli.models.adapted import AdaptedModel
 from treelora_cli.models.backbone import load_backbone
+from treelora_cli.models.snapshot import mean_snapshot
 from treelora_cli.recipe import BanditSection, LoraSection, ModelSection, TreeSection
 from treelora_cli.rundir.tensors import load_tensors
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from treelora_cli.engine.batches import BatchPlan
 from treelora_cli.engine.forwards import Forwards
-from treelora_cli.engine.gradients import first_gradient, gradient_under, mean_gradient
+from treelora_cli.engine.gradients import first_gradient
 from treelora_cli.errors import UsageError
 from treelora_cli.methods._starts import GroupStart, group_of, mean_change
 from treelora_cli.methods.base import StepContext, StreamContext, TaskContext
@@ -20,6 +20,7 @@ from treelora_cli.models.adapted import AdaptedModel
 from treelora_cli.models.backbone import load_backbone
 from treelora_cli.models.encode import Encoder, collate
 from treelora_cli.models.forward import answer_loss
+from treelora_cli.models.probe import gradient_under, mean_gradient
 from treelora_cli.recipe import (
     BanditSection,
     LoraSection,

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from support import SHARED, make_checkpoint
 
 from treelora_cli.errors import UsageError
-from treelora_cli.models.adapted import MOST_BESIDE, AdaptedModel, Snapshot
+from treelora_cli.models.adapted import MOST_BESIDE, AdaptedModel
 from treelora_cli.models.backbone import load_backbone
 from treelora_cli.models.encode import Encoder
 from treelora_cli.models.generate import SharedPrefix, generate
 from treelora_cli.models.grouping import group_by_length
 from treelora_cli.models.likelihood import choose_batches
+from treelora_cli.models.snapshot import Snapshot
 from treelora_cli.recipe import LoraSection, ModelSection
 
 INSTRUCTION = "Which letter comes next? Say nothing else, please. "

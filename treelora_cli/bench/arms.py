@@ -36,7 +36,7 @@ class PlainLoop:
         self.peft = adapted.peft
         self.peft.train()
         self.parameters = adapted.parameters()
-        self.optimizer = build_optimizer(self.parameters, optim)
+        self.optimizer = build_optimizer(adapted.trainable(), optim)
         self.clip = optim.grad_clip
         self.device = adapted.device
         self.rows = [example.tokens for example in examples]
@@ -82,7 +82,7 @@ class RowLoop:
         self.peft.train()
         self.device = adapted.device
         self.parameters = adapted.parameters()
-        self.optimizer = build_optimizer(self.parameters, optim)
+        self.optimizer = build_optimizer(adapted.trainable(), optim)
         self.clip = optim.grad_clip
         self.examples = examples
         self.plan = plan
@@ -127,7 +127,7 @@ def new_method(name: str, adapted: AdaptedModel, seed: int) -> Method:
     """
     recipe = Recipe(method=MethodSection(name=name))
     method = build_method(recipe)
-    method.start(StreamContext(seed, recipe.bandit, recipe.tree), adapted)
+    method.start(StreamContext(seed, recipe.bandit, recipe.tree, recipe.lora), adapted)
     return method
 
 

@@ -13,8 +13,9 @@ from treelora_cli.bench.machine import free_bytes
 from treelora_cli.bench.shapes import SameRows
 from treelora_cli.engine.forwards import Forwards
 from treelora_cli.methods.base import Method, StoredTask, TaskMemory, TreeRecord
-from treelora_cli.models.adapted import AdaptedModel, Snapshot
+from treelora_cli.models.adapted import AdaptedModel
 from treelora_cli.models.encode import Example
+from treelora_cli.models.snapshot import Snapshot
 from treelora_cli.recipe import OptimSection
 from treelora_cli.tree.nodes import GradientTree, Group
 from treelora_cli.tree.serial import to_document

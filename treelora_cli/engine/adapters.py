@@ -6,7 +6,9 @@
   hash are in task.json;
 - merged: nothing in the task's folder; one adapter answers for several tasks (``rundir.merged``).
 
-Whichever it is, :func:`load_adapter` returns the same tensors, bit for bit for the first two.
+Whichever it is, :func:`load_adapter` returns the same tensors, bit for bit for the first two. What
+answers beside LoRA (base weights, a method's own parameters) is in ``weights.safetensors`` and is
+read with it.
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ from typing import Any
 import torch
 
 from treelora_cli.errors import RunDirError
-from treelora_cli.models.adapted import AdaptedModel, Snapshot, mean_snapshot
+from treelora_cli.models.adapted import AdaptedModel
 from treelora_cli.models.difference import decode, encode
+from treelora_cli.models.snapshot import Snapshot, is_more, lora_of, mean_snapshot
 from treelora_cli.rundir import atomic
 from treelora_cli.rundir.jsonfile import read_json
 from treelora_cli.rundir.layout import RunDir
@@ -34,6 +37,7 @@ ADAPTER = "adapter"
 CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 DELTA_FILE = "delta.safetensors"
+WEIGHTS_FILE = "weights.safetensors"
 TASK_FILE = "task.json"
 STORAGE = "storage"
 PREDICTIONS = "predictions"
@@ -104,6 +108,12 @@ def store_adapter(
     Raises:
         RunDirError: what was read back is not what was written, or a value is not finite.
     """
+    more = {key: value for key, value in snapshot.items() if is_more(key)}
+    snapshot = lora_of(snapshot)
+    if more:
+        save_tensors(folder / WEIGHTS_FILE, more)
+        _check_same(folder / WEIGHTS_FILE, load_tensors(folder / WEIGHTS_FILE), more)
+        reference = None
     write_adapter(folder / ADAPTER, config, snapshot)
     dense_bytes = (folder / ADAPTER / ADAPTER_FILE).stat().st_size
     if reference is None:
@@ -254,6 +264,12 @@ def recommit(
         atomic.write_json(folder / TASK_FILE, {**document, **storage, **facts})
 
 
+def _read_whole(folder: Path) -> Snapshot:
+    found = load_tensors(folder / ADAPTER / ADAPTER_FILE)
+    more = folder / WEIGHTS_FILE
+    return found | load_tensors(more) if more.exists() else found
+
+
 class _Reader:
     """Reads tasks' adapters and whatever they are built from."""
 
@@ -319,7 +335,7 @@ class _Reader:
         folder = self._run.task_dir(task, self._names[task])
         if task in self._units:
             folder = self._run.merged_dir(self._units[task])
-        return atomic.read_unit(folder, lambda place: load_tensors(place / ADAPTER / ADAPTER_FILE))
+        return atomic.read_unit(folder, _read_whole)
 
     def _rebuilt(self, task: int, built: Mapping[int, Snapshot]) -> Snapshot:
         name = self._names[task]

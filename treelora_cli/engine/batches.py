@@ -61,6 +61,34 @@ class BatchPlan(RowPlan):
         return self._order[1][start : start + self.batch_size]
 
 
+class ThenPlan(RowPlan):
+    """One plan after another, over rows that stand behind one another.
+
+    Args:
+        first: over the first rows; its epochs count as they are.
+        count: how many rows it has.
+        then: over the rows behind them; one more epoch.
+    """
+
+    def __init__(self, first: RowPlan, count: int, then: RowPlan) -> None:
+        self._first, self._count, self._then = first, count, then
+        self.steps = first.steps + then.steps
+        self.steps_per_epoch = first.steps_per_epoch
+
+    def rows(self, step: int) -> list[int]:
+        """Return the indices of the rows of a step."""
+        if step < self._first.steps:
+            return self._first.rows(step)
+        return [self._count + row for row in self._then.rows(step - self._first.steps)]
+
+    def epoch_of(self, step: int) -> int:
+        """Return the epoch, from 0, that a step belongs to."""
+        first = self._first
+        if step < first.steps:
+            return first.epoch_of(step)
+        return first.epoch_of(first.steps - 1) + 1
+
+
 class UnionPlan(RowPlan):
     """The rows of several tasks shuffled together, in one epoch.
 

@@ -16,12 +16,12 @@ from treelora_cli.engine.evaluation import (
     has_labels,
     say_open_tasks,
 )
-from treelora_cli.engine.opening import check_base, load_stream_tasks
+from treelora_cli.engine.opening import check_base, load_stream_tasks, start_method
 from treelora_cli.engine.plan import pick
 from treelora_cli.engine.signals import StopFlag
-from treelora_cli.engine.store import load_adapter, snapshot_hash
+from treelora_cli.engine.store import Finished, load_adapter, snapshot_hash
 from treelora_cli.errors import DataError, RunDirError, UsageError
-from treelora_cli.models.adapted import AdaptedModel
+from treelora_cli.methods.base import Method, build_method
 from treelora_cli.models.backbone import load_backbone
 from treelora_cli.recipe import Recipe, build_recipe, read_yaml
 from treelora_cli.rundir.events import EventLog
@@ -82,20 +82,35 @@ def evaluate_run(
     names = pick(learned, listed(request.tasks), "task")
     with StopFlag() as stop, RunLock(path):
         log = EventLog(run.events)
-        tasks, evaluator = prepare_evaluation(
+        prepared = prepare_evaluation(
             run,
             request,
             names,
             lambda kind, fields: show(log.append(kind, sync=True, **fields)),
             stop,
         )
-        return evaluator.cells(_asked(evaluator, tasks, trained, answering, request))
+        return _cells(prepared, trained, answering, request)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run is scored with.
+
+    Attributes:
+        tasks: those to be asked.
+        evaluator: asks them.
+        method: the run's, started; it has met no stored task.
+    """
+
+    tasks: list[Task]
+    evaluator: Evaluator
+    method: Method
 
 
 def prepare_evaluation(
     run: RunDir, request: EvalRequest, names: Sequence[str], emit: Emit, stop: StopFlag
-) -> tuple[list[Task], Evaluator]:
-    """Load tasks and model of a run, checked to be the run's own; return what asks them.
+) -> Prepared:
+    """Load tasks and model of a run, checked to be the run's own.
 
     Args:
         run: the run directory.
@@ -113,8 +128,11 @@ def prepare_evaluation(
     _check_scoring(request, recipe, tasks)
     backbone = load_backbone(recipe.model)
     check_base(run, backbone)
-    return tasks, Evaluator(
-        adapted=AdaptedModel(backbone, recipe.lora, recipe.stream.seed),
+    method = build_method(recipe)
+    adapted = method.build(backbone, recipe.lora, recipe.stream.seed)
+    start_method(method, recipe, adapted)
+    evaluator = Evaluator(
+        adapted=adapted,
         data=recipe.data,
         plan=recipe.eval,
         run=run,
@@ -122,7 +140,9 @@ def prepare_evaluation(
         limited=recipe.limit is not None,
         emit=emit,
         stop=stop,
+        questions=method.questions,
     )
+    return Prepared(tasks, evaluator, method)
 
 
 def trained_tasks(run: RunDir) -> list[Place]:
@@ -215,24 +235,37 @@ def check_rows(run: RunDir, tasks: Sequence[Task]) -> None:
             )
 
 
-def _asked(
-    evaluator: Evaluator,
-    tasks: Sequence[Task],
-    trained: list[Place],
-    answering: Place | None,
-    request: EvalRequest,
-) -> Iterator[Asked]:
-    """Yield the cells to measure, each adapter loaded when its turn comes."""
+def _cells(
+    prepared: Prepared, trained: list[Place], answering: Place | None, request: EvalRequest
+) -> list[Cell]:
+    """Measure the cells, each adapter loaded when its turn comes."""
+    evaluator, method = prepared.evaluator, prepared.method
     name, split = request.adapter, request.split
-    if answering is not None:
-        snapshot = load_adapter(evaluator.run, *answering)
-        evaluator.adapted.restore(snapshot)
-        identity = snapshot_hash(snapshot)
-        for task in tasks:
-            yield Asked(answering[1], task, name, identity, answering, split)
-        return
+    if answering is None and method.answer != "more":
+        return evaluator.cells(_own(prepared, trained, request))
+    cells: list[Cell] = []
     by_name = {place[1]: place for place in trained}
-    for task in tasks:
-        snapshot = load_adapter(evaluator.run, *by_name[task.name])
-        place = since(evaluator.run, by_name[task.name])
-        yield Asked(place[1], task, name, snapshot_hash(snapshot), place, split, snapshot)
+    groups = (
+        [(answering, prepared.tasks)]
+        if answering
+        else [(by_name[task.name], [task]) for task in prepared.tasks]
+    )
+    for place, tasks in groups:
+        # By the method itself: what answers may be more than one LoRA.
+        method.install(Finished(evaluator.run, trained[: trained.index(place) + 1]))
+        identity = snapshot_hash(load_adapter(evaluator.run, *place))
+        cells += evaluator.cells(
+            Asked(place[1], task, name, identity, place, split) for task in tasks
+        )
+    return cells
+
+
+def _own(prepared: Prepared, trained: list[Place], request: EvalRequest) -> Iterator[Asked]:
+    """Yield each task's question to its own adapter; several answer in one batch."""
+    run = prepared.evaluator.run
+    by_name = {place[1]: place for place in trained}
+    for task in prepared.tasks:
+        snapshot = load_adapter(run, *by_name[task.name])
+        place = since(run, by_name[task.name])
+        identity = snapshot_hash(snapshot)
+        yield Asked(place[1], task, request.adapter, identity, place, request.split, snapshot)

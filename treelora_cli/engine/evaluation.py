@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from treelora_cli.engine.signals import StopFlag
-from treelora_cli.models.adapted import MOST_BESIDE, AdaptedModel, Snapshot
+from treelora_cli.models.adapted import MOST_BESIDE, AdaptedModel
 from treelora_cli.models.encode import Encoder, encoder_for
 from treelora_cli.models.generate import DECODING, Adapters, generate_batches
 from treelora_cli.models.likelihood import choose_batches
+from treelora_cli.models.snapshot import Snapshot
 from treelora_cli.recipe import DataSection, EvalSection
 from treelora_cli.rundir import faults
 from treelora_cli.rundir.atomic import write_file
@@ -102,6 +104,10 @@ class Way(NamedTuple):
     separator: str = ""
 
 
+def _as_they_are(task: Task, prompts: Sequence[str]) -> list[str]:
+    return list(prompts)
+
+
 class Wanted(NamedTuple):
     """A cell to be computed: its place among those asked, and itself, not measured yet."""
 
@@ -127,6 +133,7 @@ class Evaluator:
         limited: True if rows were cut by ``--limit``.
         emit: told of every new cell.
         stop: checked before every batch.
+        questions: what a task's prompts are asked as; the base is asked them as they are.
     """
 
     adapted: AdaptedModel
@@ -137,6 +144,7 @@ class Evaluator:
     limited: bool
     emit: Emit
     stop: StopFlag
+    questions: Callable[[Task, Sequence[str]], list[str]] = _as_they_are
 
     def cell(self, asked: Asked) -> Cell:
         """Return one cell; see :meth:`cells`."""
@@ -238,10 +246,15 @@ class Evaluator:
             for wanted in group
             if wanted.asked.snapshot is not None
         }
-        prompts = [prompt for wanted in group for prompt in wanted.asked.prompts]
-        with self.adapted.beside(list(snapshots.values())) as names:
+        prompts = [prompt for wanted in group for prompt in self.asks(wanted.asked)]
+        alone = all(wanted.asked.adapter == BASE for wanted in group)
+        with ExitStack() as stack:
+            if alone:
+                stack.enter_context(self.adapted.as_base())
+            names = stack.enter_context(self.adapted.beside(list(snapshots.values())))
             slots = dict(zip(snapshots, names, strict=True))
-            for batch in self.batches(way, prompts, self._answering(group, slots)):
+            answering = None if alone else self._answering(group, slots)
+            for batch in self.batches(way, prompts, answering):
                 for index, text in batch.items():
                     at, row = owners[index]
                     said[at][row] = text
@@ -251,6 +264,12 @@ class Evaluator:
                         answers = [said[at][row] for row in range(wanted.cell.rows)]
                         found[wanted.number] = self.measure(wanted.asked, wanted.cell, answers)
         return found
+
+    def asks(self, asked: Asked) -> list[str]:
+        """Return the prompts of a cell as they are asked."""
+        if asked.adapter == BASE:
+            return asked.prompts
+        return self.questions(asked.task, asked.prompts)
 
     def _answering(self, group: Sequence[Wanted], slots: dict[str, str]) -> Adapters | None:
         """Return who answers each row of a group; None: the live adapter answers all."""

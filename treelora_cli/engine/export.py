@@ -17,6 +17,7 @@ from treelora_cli.engine.adapters import (
 )
 from treelora_cli.engine.plan import pick
 from treelora_cli.errors import RunDirError, UsageError
+from treelora_cli.models.snapshot import lora_of
 from treelora_cli.rundir.files import ensure_dir, sibling
 from treelora_cli.rundir.layout import RunDir
 from treelora_cli.rundir.merged import read_merged
@@ -79,7 +80,7 @@ def _check_free(run: RunDir, out: Path, names: Sequence[str]) -> None:
 def _export(run: RunDir, place: Place, target: Path) -> Exported:
     """Write one folder under a temporary name first, so that no half of one is ever there."""
     index, name = place
-    snapshot = load_adapter(run, index, name)
+    snapshot = lora_of(load_adapter(run, index, name))
     temporary = sibling(target, "tmp")
     try:
         with storage_errors(target):

@@ -60,7 +60,10 @@ class Forwards:
         Args:
             step: from 0, over all epochs.
         """
-        rows = [self.examples[row] for row in self.plan.rows(step)]
+        return self.batches([self.examples[row] for row in self.plan.rows(step)])
+
+    def batches(self, rows: Sequence[Example]) -> list[Batch]:
+        """Return the batches of any rows, on the host, within the limits of a forward pass."""
         join = pack if self._optim.packing else collate
         return [join([rows[at] for at in group], self._pad) for group in self._groups(rows)]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from treelora_cli.engine.adapters import since
+from treelora_cli.engine.adapters import Place, since
 from treelora_cli.engine.evaluation import BASE, Asked, Evaluator, say_open_tasks
 from treelora_cli.engine.store import load_adapter, snapshot_hash
 from treelora_cli.engine.units import Unit
@@ -42,7 +42,7 @@ class Matrix:
                 base = self.evaluator.run.info.base_fingerprint
                 self.evaluator.cell(Asked(None, task, BASE, base, split=self.plan.split))
             if before and unit.previous is not None:
-                after, answering = unit.previous[1], self._live_hash()
+                after, answering = unit.previous[1], self._hash(unit.previous)
                 self.evaluator.cell(
                     Asked(after, task, "latest", answering, unit.previous, self.plan.split)
                 )
@@ -57,7 +57,7 @@ class Matrix:
             due = everything if when == "last" else filter(partial(self._new, unit), everything)
             self.evaluator.cells(map(self._own, due))
             return
-        answering, split = self._live_hash(), self.plan.split
+        answering, split = self._hash(unit.place), self.plan.split
         learned = self.tasks[: unit.index + 1]
         at_end = unit.index == len(self.tasks) - 1
         self.evaluator.cells(
@@ -77,5 +77,6 @@ class Matrix:
         """Tell whether a task's own adapter is what it is since this unit."""
         return since(self.evaluator.run, (index, self.tasks[index].name)) == unit.place
 
-    def _live_hash(self) -> str:
-        return snapshot_hash(self.evaluator.adapted.snapshot())
+    def _hash(self, place: Place) -> str:
+        """Identify what the live model answers with since a unit."""
+        return snapshot_hash(load_adapter(self.evaluator.run, *place))

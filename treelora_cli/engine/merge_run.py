@@ -103,9 +103,8 @@ def merge_curve(path: Path, request: EvalRequest, show: Show) -> Iterator[Step]:
     learned = [name for _, name in trained_tasks(run)]
     names = pick(learned, None if request.tasks is None else list(request.tasks), "task")
     with StopFlag() as stop, tempfile.TemporaryDirectory() as scratch:
-        tasks, evaluator = prepare_evaluation(
-            run, request, names, lambda kind, fields: show(fields), stop
-        )
+        prepared = prepare_evaluation(run, request, names, lambda kind, fields: show(fields), stop)
+        tasks, evaluator = prepared.tasks, prepared.evaluator
         pool = load_pool(run, scale_of(run_recipe(run).lora))
         # Scores that the run has already are taken from it; new ones and their answers go here.
         evaluator.run = RunDir.create(Path(scratch) / "run", run.info)
@@ -160,4 +159,9 @@ def _check_own(run: RunDir) -> None:
         raise UsageError(
             "the tasks of this run were trained at once: it has one adapter, and nothing to merge",
             "merge a run of a method that learns task after task",
+        )
+    if run.info.extra.get("answer", "adapter") != "adapter":
+        raise UsageError(
+            f"{run.info.method} does not answer with one adapter of a fixed rank for each task",
+            "merge a run of another method, such as per-task, seqlora or treelora",
         )

@@ -32,8 +32,8 @@ from treelora_cli.engine.adapters import (
     trained_places,
     write_adapter,
 )
-from treelora_cli.models.adapted import Snapshot
 from treelora_cli.models.change import distances, mean_change, products
+from treelora_cli.models.snapshot import Snapshot
 from treelora_cli.recipe import LoraSection
 from treelora_cli.rundir import atomic, faults
 from treelora_cli.rundir.files import LEFTOVER

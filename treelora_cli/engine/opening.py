@@ -123,23 +123,35 @@ def append_task(run: RunDir, recipe: Recipe, name: str) -> tuple[Recipe, Task]:
 
 def _load_model(recipe: Recipe, method: Method) -> AdaptedModel:
     """Load the model and let recipe and method meet it, since they may not fit its shape."""
-    adapted = AdaptedModel(load_backbone(recipe.model), recipe.lora, recipe.stream.seed)
+    adapted = method.build(load_backbone(recipe.model), recipe.lora, recipe.stream.seed)
     encoder_for(adapted.backbone.tokenizer, recipe.data, adapted.backbone.positions)
     if recipe.optim.packing:
         require_packing(adapted)
-    _start(method, recipe, adapted)
+    start_method(method, recipe, adapted)
     return adapted
 
 
 def new_method(recipe: Recipe, adapted: AdaptedModel) -> Method:
     """Return the recipe's method, having met the model and no task yet."""
     method = build_method(recipe)
-    _start(method, recipe, adapted)
+    start_method(method, recipe, adapted)
     return method
 
 
-def _start(method: Method, recipe: Recipe, adapted: AdaptedModel) -> None:
-    method.start(StreamContext(recipe.stream.seed, recipe.bandit, recipe.tree), adapted)
+def start_method(method: Method, recipe: Recipe, adapted: AdaptedModel) -> None:
+    """Let a method meet the model.
+
+    Raises:
+        UsageError: the recipe asks for what the method cannot give.
+    """
+    if method.answer != "adapter" and recipe.storage.max_adapters is not None:
+        grows = "an adapter whose rank grows" if method.answer == "sum" else "more than LoRA"
+        raise UsageError(
+            f"storage.max_adapters merges adapters of one rank; {method.name} answers with {grows}",
+            "leave storage.max_adapters out",
+        )
+    stream = StreamContext(recipe.stream.seed, recipe.bandit, recipe.tree, recipe.lora)
+    method.start(stream, adapted)
 
 
 def check_base(run: RunDir, backbone: Backbone) -> None:
@@ -176,7 +188,12 @@ def _new_info(recipe: Recipe, method: Method, backbone: Backbone) -> RunInfo:
         builtin_data=recipe.data.path is None,
         seed=recipe.stream.seed,
         versions=versions(),
-        extra={"mode": method.mode, "decoding": recipe.eval.scoring, "data": {}},
+        extra={
+            "mode": method.mode,
+            "answer": method.answer,
+            "decoding": recipe.eval.scoring,
+            "data": {},
+        },
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -13,11 +13,23 @@ from treelora_cli.recipe import OptimSection
 
 
 def build_optimizer(
-    parameters: Iterable[torch.nn.Parameter], section: OptimSection
+    parameters: Mapping[str, torch.nn.Parameter],
+    section: OptimSection,
+    rate: Callable[[str], float] = lambda key: 1.0,
 ) -> torch.optim.AdamW:
-    """Return a new AdamW over the adapter's parameters, as one fused kernel."""
+    """Return a new AdamW over the trainable parameters, as one fused kernel.
+
+    Args:
+        parameters: by key.
+        section: the recipe's ``optim`` section.
+        rate: given a key, by what that parameter's learning rate is multiplied; groups of the
+            optimizer carry it as ``rate``.
+    """
+    groups: dict[float, list[torch.nn.Parameter]] = {}
+    for key, parameter in parameters.items():
+        groups.setdefault(rate(key), []).append(parameter)
     return torch.optim.AdamW(
-        list(parameters),
+        [{"params": some, "rate": factor} for factor, some in groups.items()],
         lr=section.lr,
         betas=section.betas,
         weight_decay=section.weight_decay,
@@ -51,6 +63,12 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         for number, fields in state.items()
         for field, value in fields.items()
     }
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of all groups, each times its own ``rate``."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["rate"]
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:

@@ -102,10 +102,11 @@ def route_run(
     names = pick([name for _, name in places], listed(request.tasks), "task")
     with StopFlag() as stop, RunLock(path):
         log = EventLog(run.events)
-        tasks, evaluator = prepare_evaluation(
+        prepared = prepare_evaluation(
             run, request, names, lambda kind, fields: show(log.append(kind, sync=True, **fields)),
             stop,
         )  # fmt: skip
+        tasks, evaluator = prepared.tasks, prepared.evaluator
         traffic = _traffic(run, request, way, places, evaluator, stop)
         return _Routing(evaluator, traffic, places, tasks, request.split).run(way.history)
 
@@ -115,6 +116,11 @@ def _refuse(run: RunDir, way: RouteRequest) -> None:
         raise UsageError(
             "the tasks of this run were trained at once: it has one adapter, and nothing to choose",
             "use --adapter latest",
+        )
+    if run.info.extra.get("answer") == "more":
+        raise UsageError(
+            f"{run.info.method} answers with more than LoRA, which cannot differ from row to row",
+            "use --adapter latest or task:NAME",
         )
     if way.threshold is not None and not 0 <= way.threshold <= 1:
         raise UsageError(f"a threshold of {way.threshold} is not between 0 and 1")

@@ -9,7 +9,8 @@ from typing import NamedTuple, TypeVar
 from treelora_cli.engine.adapters import Place, load_adapters
 from treelora_cli.engine.evaluation import ROUND_BATCHES, Asked, Evaluator, Notes, Way
 from treelora_cli.engine.store import snapshot_hash
-from treelora_cli.models.adapted import MOST_BESIDE, Snapshot
+from treelora_cli.models.adapted import MOST_BESIDE
+from treelora_cli.models.snapshot import Snapshot
 from treelora_cli.rundir.layout import RunDir
 from treelora_cli.rundir.scores import Cell
 

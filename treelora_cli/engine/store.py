@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from torch import Tensor
 
 from treelora_cli.engine.adapters import (
     STORAGE,
+    Place,
     load_adapter,
     make_reference,
     save_adapter,
@@ -69,7 +70,8 @@ def save_task(
             save_tensors(folder / SIGNATURES_FILE, memory.tree.tensors)
     reference = make_reference(run, memory.reference) if form == "delta" else None
     with atomic.commit_dir(run.task_dir(index, name)) as folder:
-        stored = store_adapter(folder, adapted.config_document(), adapted.snapshot(), reference)
+        answer = adapted.answer()
+        stored = store_adapter(folder, adapted.config_document(answer), answer, reference)
         if memory.tensors:
             save_tensors(folder / METHOD_FILE, memory.tensors)
         if optimizer:
@@ -105,6 +107,41 @@ def load_stored(run: RunDir, index: int, name: str) -> StoredTask:
     info = read_json(folder / "task.json")
     memory = TaskMemory(tensors, info, _load_tree(run, index, name))
     return StoredTask(index, name, memory, partial(load_adapter, run, index, name))
+
+
+class Finished(Sequence[StoredTask]):
+    """Finished tasks in stream order, each read from the run when it is first looked at.
+
+    Args:
+        run: the run directory.
+        places: index and name of the tasks.
+    """
+
+    def __init__(self, run: RunDir, places: Sequence[Place]) -> None:
+        self._run = run
+        self._places = list(places)
+        self._read: dict[int, StoredTask] = {}
+
+    def __len__(self) -> int:
+        """Return the number of tasks."""
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, at: int) -> StoredTask: ...
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[StoredTask]: ...
+    def __getitem__(self, at: int | slice) -> StoredTask | Sequence[StoredTask]:
+        """Return a task, or some of them.
+
+        Raises:
+            RunDirError: a file is missing or not as it was written.
+        """
+        if isinstance(at, slice):
+            return Finished(self._run, self._places[at])
+        number = range(len(self))[at]
+        if number not in self._read:
+            self._read[number] = load_stored(self._run, *self._places[number])
+        return self._read[number]
 
 
 def _load_tree(run: RunDir, index: int, name: str) -> TreeRecord | None:

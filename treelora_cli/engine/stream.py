@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from treelora_cli.engine.adapters import WEIGHTS_FILE
 from treelora_cli.engine.evaluation import Evaluator, build_encoder
 from treelora_cli.engine.forwards import Forwards
 from treelora_cli.engine.gradients import first_gradient
@@ -18,17 +19,13 @@ from treelora_cli.engine.optim import optimizer_tensors
 from treelora_cli.engine.routes import Collected, Eye, collect
 from treelora_cli.engine.seeds import derive
 from treelora_cli.engine.signals import StopFlag
-from treelora_cli.engine.store import (
-    load_adapter,
-    load_optimizer,
-    load_stored,
-    save_task,
-)
+from treelora_cli.engine.store import Finished, load_optimizer, save_task
 from treelora_cli.engine.training import StepResult, TaskTrainer
 from treelora_cli.engine.units import Unit, facts, row_plan, units
 from treelora_cli.errors import Interrupted, RunDirError, TreeloraError
 from treelora_cli.methods.base import TaskContext
 from treelora_cli.models.encode import Example
+from treelora_cli.models.probe import Probe
 from treelora_cli.recipe import Recipe
 from treelora_cli.rundir import checkpoints
 from treelora_cli.rundir.atomic import committed, write_json
@@ -81,6 +78,7 @@ class _Stream:
             limited=opened.recipe.limit is not None,
             emit=self.emit,
             stop=stop,
+            questions=opened.method.questions,
         )
         self.matrix = Matrix(evaluator, opened.recipe.eval, opened.method.mode, opened.tasks)
 
@@ -160,11 +158,11 @@ class _Stream:
                 f"the folder of task {missing} is gone, but later tasks are there",
                 "put it back from a copy, or start a new run directory",
             )
-        stored = [load_stored(self.run_dir, *place) for place in done]
-        self.method.restore(stored)
-        if stored:
-            self.adapted.restore(load_adapter(self.run_dir, *done[-1]))
-            tree = stored[-1].memory.tree
+        finished = Finished(self.run_dir, done)
+        self.method.restore(finished)
+        if done:
+            self.method.install(finished)
+            tree = finished[-1].memory.tree
             if tree is not None:
                 write_json(self.run_dir.tree_json, tree.document)
         return len(done)
@@ -202,8 +200,11 @@ class _Stream:
             self.emit("merged", {"after": unit.task.name} | joined.to_json(names))
         if merged:
             self.method = new_method(self.recipe, self.adapted)
-            places = [one.place for one in self.units if one.index <= unit.index]
-            self.method.restore([load_stored(self.run_dir, *place) for place in places])
+            self.method.restore(self._finished(unit))
+
+    def _finished(self, unit: Unit) -> Finished:
+        """Return what is stored of the tasks up to a unit."""
+        return Finished(self.run_dir, [one.place for one in self.units if one.index <= unit.index])
 
     def _names(self, unit: Unit) -> dict[str, Any]:
         return {"task": unit.task.name, "tasks": unit.names, "index": unit.index}
@@ -219,12 +220,20 @@ class _Stream:
         seed = derive(self.recipe.stream.seed, "task", *unit.place)
         features = self._read_prompts(unit)
         examples = self._encode(unit)
-        plan = row_plan(unit, self.recipe, seed)
+        rehearsed = self.method.rehearsal(unit.index)
+        plan = row_plan(unit, self.recipe, seed, len(rehearsed))
         pad = self.adapted.backbone.tokenizer.pad_token_id
-        forwards = Forwards(examples, plan, optim, pad, self.adapted.device.type)
-        probe = partial(first_gradient, self.adapted, forwards)
+        rows = [*examples, *rehearsed]
+        forwards = Forwards(rows, plan, optim, pad, self.adapted.device.type)
         context = TaskContext(
-            *unit.place, plan.steps, plan.steps_per_epoch, seed, forwards.per_epoch(), probe
+            *unit.place,
+            plan.steps,
+            plan.steps_per_epoch,
+            seed,
+            forwards.per_epoch(),
+            probe=partial(first_gradient, self.adapted, forwards),
+            rows=examples,
+            ask=Probe(self.adapted, forwards.batches),
         )
         self._set_status(unit, "training")
         self.method.begin_task(context)
@@ -237,18 +246,22 @@ class _Stream:
             "steps": plan.steps,
             "epochs": plan.steps // plan.steps_per_epoch,
             "rows": len(examples),
+            "rehearsed": len(rehearsed),
             "truncated": sum(example.truncated for example in examples),
             "from_step": trainer.step,
             "synthetic": any(task.synthetic for task in unit.tasks),
         }
         self.emit("task_started", self._names(unit) | started)
-        trainer.run(partial(self._show_step, trainer), partial(self._after_step, trainer))
+        if self.method.trains:
+            trainer.run(partial(self._show_step, trainer), partial(self._after_step, trainer))
         memory = self.method.end_task(context)
         document = self._task_document(unit, trainer)
         document["seconds"]["features"] = round(features.seconds, 3)
         carried = optimizer_tensors(trainer.optimizer) if optim.carry else {}
         form = self.recipe.storage.form
         save_task(self.run_dir, self.adapted, document, memory, carried, form, features.tensors)
+        # From what is stored, as after a resume: scores must not depend on where a run was stopped.
+        self.method.install(self._finished(unit))
         self._set_status(unit, "trained")
         checkpoints.clear(self.run_dir)
         return trainer.seconds
@@ -317,7 +330,7 @@ class _Stream:
             "index": unit.index,
             "steps": trainer.plan.steps,
             "seed": trainer.task.seed,
-            "answers_with": ["adapter"],
+            "answers_with": ["adapter", *([WEIGHTS_FILE] if self.adapted.more_parameters else [])],
             "seconds": {"train": round(trainer.seconds, 3)},
             "trainable_parameters": self.adapted.trainable_count(),
             "tokens": trainer.tokens,

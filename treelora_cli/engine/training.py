@@ -14,18 +14,19 @@ import torch
 from torch import Tensor
 
 from treelora_cli.engine.forwards import Forwards
-from treelora_cli.engine.gradients import gradient_under
 from treelora_cli.engine.optim import (
     build_optimizer,
     learning_rate,
     load_optimizer_tensors,
     optimizer_tensors,
+    set_learning_rate,
 )
 from treelora_cli.errors import DivergedError
 from treelora_cli.methods.base import Method, StepContext, TaskContext
 from treelora_cli.models.adapted import AdaptedModel
 from treelora_cli.models.encode import Batch
-from treelora_cli.models.forward import answer_loss
+from treelora_cli.models.forward import answer_logits, answer_loss_of
+from treelora_cli.models.probe import gradient_under
 from treelora_cli.models.readback import Readback
 from treelora_cli.recipe import OptimSection
 from treelora_cli.rundir import faults
@@ -112,7 +113,7 @@ class TaskTrainer:
         self.plan = forwards.plan
         self.optim = optim
         self.parameters = adapted.parameters()
-        self.optimizer = build_optimizer(self.parameters, optim)
+        self.optimizer = build_optimizer(adapted.trainable(), optim, method.rate)
         self.step = 0
         self.tokens = 0
         self.seconds = 0.0
@@ -178,8 +179,7 @@ class TaskTrainer:
 
     def _one_step(self) -> _InFlight:
         lr = learning_rate(self.optim, self.step, self.plan.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.optimizer, lr)
         self.optimizer.zero_grad(set_to_none=True)
         batches = [batch.to(self.adapted.device) for batch in self.forwards.of(self.step)]
         context, penalty = self._backward(batches)
@@ -202,11 +202,20 @@ class TaskTrainer:
         losses: list[Tensor] = []
         penalties: list[Tensor] = []
         for number, batch in enumerate(batches):
-            part = answer_loss(self.adapted, batch) / answer_tokens
+            self.method.before_forward(batch)
+            logits = answer_logits(self.adapted, batch)
+            part = answer_loss_of(logits, batch) / answer_tokens
             losses.append(part.detach())
             if self.method.per_forward:
                 share = batch.answer_tokens / answer_tokens
-                context = StepContext(self.step, part.detach() / share, number, len(batches))
+                context = StepContext(
+                    self.step,
+                    part.detach() / share,
+                    number,
+                    len(batches),
+                    batch=batch,
+                    logits=logits,
+                )
                 penalty = self.method.penalty(context)
                 penalty = None if penalty is None else penalty * share
             elif number == len(batches) - 1:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from treelora_cli.engine.batches import BatchPlan, RowPlan, UnionPlan
+from treelora_cli.engine.batches import BatchPlan, RowPlan, ThenPlan, UnionPlan
+from treelora_cli.engine.seeds import derive
 from treelora_cli.methods.base import Mode
 from treelora_cli.recipe import Recipe
 from treelora_cli.tasks.metrics import constant_score
@@ -61,8 +62,23 @@ def units(mode: Mode, tasks: Sequence[Task]) -> list[Unit]:
     return found
 
 
-def row_plan(unit: Unit, recipe: Recipe, seed: int) -> RowPlan:
-    """Return which rows each step of a unit sees; rows count through its tasks in order."""
+def row_plan(unit: Unit, recipe: Recipe, seed: int, rehearsed: int = 0) -> RowPlan:
+    """Return which rows each step of a unit sees; rows count through its tasks in order.
+
+    Args:
+        unit: what is trained.
+        recipe: batch size and epochs.
+        seed: decides the order.
+        rehearsed: rows of other tasks behind them, read once when the unit's own are through.
+    """
+    plan = _own_plan(unit, recipe, seed)
+    if not rehearsed:
+        return plan
+    then = BatchPlan(rehearsed, recipe.optim.batch_size, 1, derive(seed, "rehearsal"))
+    return ThenPlan(plan, sum(len(task.splits["train"]) for task in unit.tasks), then)
+
+
+def _own_plan(unit: Unit, recipe: Recipe, seed: int) -> RowPlan:
     size = recipe.optim.batch_size
     rows = [len(task.splits["train"]) for task in unit.tasks]
     epochs = [recipe.epochs_of(name) for name in unit.names]

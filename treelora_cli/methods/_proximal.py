@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from treelora_cli.methods.base import StoredTask
-from treelora_cli.models.adapted import AdaptedModel, Snapshot, mean_snapshot
+from treelora_cli.models.adapted import AdaptedModel
 from treelora_cli.models.readback import send
+from treelora_cli.models.snapshot import Snapshot, mean_snapshot
 
 MOVED = "moved"
 _START = "start."

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from treelora_cli.errors import RunDirError
 from treelora_cli.methods.base import StoredTask, TaskContext
-from treelora_cli.models.adapted import AdaptedModel, Snapshot
+from treelora_cli.models.adapted import AdaptedModel
 from treelora_cli.models.change import mean_change
+from treelora_cli.models.snapshot import Snapshot
 from treelora_cli.tree.nodes import GradientTree
 from treelora_cli.tree.signatures import SignatureBank
 

@@ -14,11 +14,28 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from treelora_cli.errors import RunDirError
-from treelora_cli.models.adapted import AdaptedModel, Snapshot
-from treelora_cli.recipe import BanditSection, Recipe, Section, TreeSection, validation_problem
+from treelora_cli.models.adapted import AdaptedModel
+from treelora_cli.models.backbone import Backbone
+from treelora_cli.models.encode import Batch, Example
+from treelora_cli.models.probe import Probe
+from treelora_cli.models.snapshot import Snapshot
+from treelora_cli.recipe import (
+    BanditSection,
+    LoraSection,
+    Recipe,
+    Section,
+    TreeSection,
+    validation_problem,
+)
+from treelora_cli.tasks.types import Task
 
 Need = Literal["penalty", "gradients", "weights"]
-Mode = Literal["latest", "own", "joint"]
+Mode = Literal["latest", "own", "joint", "route"]
+Answer = Literal["adapter", "sum", "more"]
+
+EFFECT = "effect"
+"""The key of a step's event that says how much a method that has no penalty did in that step: the
+norm of what a projection took away, or how many stored rows were read."""
 
 
 class MethodSettings(Section):
@@ -33,15 +50,26 @@ class StreamContext:
         seed: the run's seed.
         bandit: the recipe's ``bandit`` section.
         tree: the recipe's ``tree`` section.
+        lora: the recipe's ``lora`` section.
     """
 
     seed: int
     bandit: BanditSection
     tree: TreeSection
+    lora: LoraSection = field(default_factory=LoraSection)
 
 
 def _no_gradients(what: object) -> list[Tensor]:
     raise RuntimeError("this context was made without a model to take gradients of")
+
+
+def _no_rows(rows: Sequence[Example]) -> list[Batch]:
+    raise RuntimeError("this context was made without a model to ask")
+
+
+def _no_probe() -> Probe:
+    model: Any = None
+    return Probe(model, _no_rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +85,8 @@ class TaskContext:
         forwards_per_epoch: forward passes (micro-batches) in one pass over its rows.
         probe: given K, the mean gradient of the first K steps' rows at the live weights: one
             tensor for each of the model's trainable parameters. Nothing is trained by it.
+        rows: its training rows, tokenised, in the order of the data.
+        ask: losses and gradients of any rows, these or stored ones.
     """
 
     index: int
@@ -66,6 +96,8 @@ class TaskContext:
     seed: int
     forwards_per_epoch: int = 0
     probe: Callable[[int], list[Tensor]] = _no_gradients
+    rows: Sequence[Example] = ()
+    ask: Probe = field(default_factory=_no_probe)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +112,9 @@ class StepContext:
         forwards: forward passes in this step.
         gradient_under: the gradient of this step's rows at a snapshot's weights: one tensor for
             each trainable parameter. Costs one more forward and backward pass.
+        batch: what this forward pass read, on the device; only with ``per_forward``.
+        logits: [n, vocabulary] where its answers are predicted, in the graph and in the order of
+            ``batch.labels``; only with ``per_forward``.
     """
 
     step: int
@@ -87,6 +122,8 @@ class StepContext:
     forward: int = 0
     forwards: int = 1
     gradient_under: Callable[[Snapshot], list[Tensor]] = _no_gradients
+    batch: Batch | None = None
+    logits: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +139,7 @@ class TaskMemory:
     """What a method wants kept of a finished task, beside the adapter.
 
     Attributes:
-        tensors: stored with the task as safetensors.
+        tensors: stored with the task as ``method.safetensors``.
         info: JSON values, shown in reports.
         tree: the tree after this task, for methods that grow one.
         reference: earlier tasks whose mean adapter (``mean_snapshot``) this one is equal to in
@@ -174,7 +211,11 @@ class Method:
         name: as written in recipes and on the command line.
         needs: what it asks of a training step; an engine that cannot give it refuses at start.
         mode: whose adapter answers when scores are taken: ``latest``, or each task's ``own``;
-            ``joint``: all tasks are trained at once, and the one adapter answers.
+            ``joint``: all tasks are trained at once, and the one adapter answers; ``route``: each
+            prompt is sent to the task it looks like, and that task's adapter answers.
+        answer: what answers: the live ``adapter``, stored by itself; the ``sum`` of all tasks'
+            adapters, which is one LoRA whose rank grows; or ``more`` than a LoRA.
+        trains: False where nothing is learned, so that no step is made.
         Settings: its own settings.
         per_forward: True for a penalty of every forward pass instead of every optimizer step.
         departures: where paper, released code and this program differ, for ``treelora methods``.
@@ -183,6 +224,8 @@ class Method:
     name: ClassVar[str]
     needs: ClassVar[frozenset[Need]] = frozenset()
     mode: ClassVar[Mode] = "latest"
+    answer: ClassVar[Answer] = "adapter"
+    trains: ClassVar[bool] = True
     Settings: ClassVar[type[MethodSettings]] = MethodSettings
     per_forward: ClassVar[bool] = False
     departures: ClassVar[tuple[Departure, ...]] = ()
@@ -190,16 +233,58 @@ class Method:
     def __init__(self, settings: MethodSettings) -> None:
         self.settings = settings
 
+    @classmethod
+    def build(cls, backbone: Backbone, lora: LoraSection, seed: int) -> AdaptedModel:
+        """Return the model the method trains: a backbone with a LoRA adapter, if not overridden.
+
+        Raises:
+            UsageError: the adapter does not fit the model.
+        """
+        return AdaptedModel(backbone, lora, seed)
+
     def start(self, stream: StreamContext, model: AdaptedModel) -> None:
-        """Meet the model; called once, before any task."""
+        """Meet the model; called once, before any task. Parts of its own are added to it here."""
         self.stream = stream
         self.model = model
 
     def restore(self, finished: Sequence[StoredTask]) -> None:
         """Take up what earlier tasks left, after a resume or when a stream is extended."""
 
+    def install(self, finished: Sequence[StoredTask]) -> None:
+        """Bring the model to the state that answers after the last of these tasks.
+
+        Called when a task has been stored, before it is scored; after ``restore``; and when a run
+        is scored again, then on a method that has only been started. The next task goes on from
+        this state. The default puts the last task's adapter, and what belongs to it, into the
+        model.
+
+        Args:
+            finished: the stored tasks in stream order, at least one; each is read when it is
+                looked at.
+        """
+        self.model.restore(finished[-1].adapter())
+
+    def rehearsal(self, index: int) -> Sequence[Example]:
+        """Return rows to train on after a task's own, once each; called before ``begin_task``.
+
+        Args:
+            index: the task's place in the stream.
+        """
+        return ()
+
+    def rate(self, key: str) -> float:
+        """Return by what a trainable parameter's learning rate is multiplied.
+
+        Args:
+            key: its key in a snapshot.
+        """
+        return 1.0
+
     def begin_task(self, task: TaskContext) -> None:
         """Choose how the adapter starts. The default goes on from the last task's weights."""
+
+    def before_forward(self, batch: Batch) -> None:
+        """See a batch before the forward pass that trains on it; weights may be exchanged here."""
 
     def penalty(self, step: StepContext) -> Tensor | None:
         """Return a scalar to add to the task loss, or None.
@@ -224,6 +309,10 @@ class Method:
     def end_task(self, task: TaskContext) -> TaskMemory:
         """Say what to keep of the finished task, and remember it for the next one."""
         return TaskMemory()
+
+    def questions(self, task: Task, prompts: Sequence[str]) -> list[str]:
+        """Return what a task's prompts are asked as; the base's zero-shot scores ask them as is."""
+        return list(prompts)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return what a checkpoint inside the task needs: tensors and JSON values."""

@@ -38,7 +38,8 @@ from treelora_cli.methods.base import (
     TreeRecord,
     stored_tree,
 )
-from treelora_cli.models.adapted import AdaptedModel, Snapshot
+from treelora_cli.models.adapted import AdaptedModel
+from treelora_cli.models.snapshot import Snapshot
 from treelora_cli.tree.build import update_tree
 from treelora_cli.tree.nodes import GradientTree
 from treelora_cli.tree.penalty import PathTargets, l1_penalty, ramp_value, sign_gradient

@@ -3,14 +3,19 @@
 The adapter is PEFT's own; only its public interface is used. Inside PEFT the live adapter is always
 called ``t000``, never a user's text, because PEFT drops tensors whose adapter name equals a part of
 a module's path (peft#3584).
+
+Methods may put more around it: a frozen sum of earlier adapters under it (``stand_on``), whole
+weights of the base that are trained too (``open_weights``), parameters of their own (``add_part``),
+and a condition that looks at prompts (``condition``).
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,16 +25,18 @@ from torch import Tensor
 
 from treelora_cli.errors import UsageError
 from treelora_cli.models.backbone import Backbone
+from treelora_cli.models.condition import Condition
+from treelora_cli.models.snapshot import PART, WEIGHTS, Snapshot, concatenated, rank_of
 from treelora_cli.recipe import LoraSection
 
 SLOT = "t000"
+PAST = "t000past"
+"""PEFT's name of the frozen sum of earlier adapters."""
 MOST_BESIDE = 32
 """Adapters that may be beside the live one at a time."""
 BASE_ROW = "__base__"
 """PEFT's name, in a batch of several adapters, for a row that none of them answers."""
 Factors = Literal["A", "AB"]
-Snapshot = dict[str, Tensor]
-"""An adapter's tensors by PEFT's saved key, float32 on the host."""
 
 
 @dataclass(frozen=True)
@@ -59,18 +66,31 @@ class AdaptedModel:
         lora: rank, scale, dropout and target modules.
         seed: decides the start of A; B starts at zero.
 
+    Attributes:
+        peft: PEFT's model; forward passes and generation go through it.
+        blocks: the adapted layers, nearest the input first.
+        scale: alpha / rank; a module's weights change by ``scale * B @ A``.
+        condition: looks at the prompts of every batch; None: nothing does.
+
     Raises:
         UsageError: no module of the model matches the targets.
     """
 
     def __init__(self, backbone: Backbone, lora: LoraSection, seed: int) -> None:
         self.backbone = backbone
+        self.condition: Condition | None = None
         torch.manual_seed(seed)
+        seq2seq = bool(backbone.model.config.is_encoder_decoder)
+        config = lora_config(lora, "SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM")
         with explain_targets():
-            self.peft: Any = get_peft_model(backbone.model, lora_config(lora), adapter_name=SLOT)
+            self.peft: Any = get_peft_model(backbone.model, config, adapter_name=SLOT)
         self.peft.eval()
         self.blocks = _blocks(self.peft)
+        self.scale = lora.alpha / lora.rank
         self._live = _saved(self.peft, SLOT)
+        self._more: dict[str, torch.nn.Parameter] = {}
+        self._base: Snapshot = {}
+        self._past: Snapshot | None = None
         self._initial = self.snapshot()
 
     @property
@@ -83,22 +103,171 @@ class AdaptedModel:
         """Where the model lives."""
         return self.backbone.device
 
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        """Return the trainable parameters by their key in a snapshot, the adapter's first."""
+        return {key: p for key, p in (self._live | self._more).items() if p.requires_grad}
+
     def parameters(self) -> list[torch.nn.Parameter]:
-        """Return the trainable parameters, in the model's order."""
-        return [parameter for parameter in self.peft.parameters() if parameter.requires_grad]
+        """Return the trainable parameters, in the order of ``trainable``."""
+        return list(self.trainable().values())
 
     @property
     def live_parameters(self) -> dict[str, torch.nn.Parameter]:
         """The live adapter's parameters by the key PEFT saves them under, as in a snapshot."""
         return dict(self._live)
 
+    @property
+    def more_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """What answers beside LoRA, by key: opened base weights and parts added by the method."""
+        return dict(self._more)
+
+    def open_weights(self, wanted: Callable[[str], bool]) -> dict[str, torch.nn.Parameter]:
+        """Make base weights trainable; from now on they are part of every snapshot.
+
+        Args:
+            wanted: told a parameter's name in the base model, says whether it is opened.
+
+        Returns:
+            The opened parameters by name; none twice where weights are tied.
+
+        Raises:
+            UsageError: none is wanted, or one is quantised and cannot be trained.
+        """
+        opened = {}
+        for path, parameter in self.peft.get_base_model().named_parameters():
+            name = path.replace(".base_layer.", ".")
+            if "lora_" in path or not wanted(name):
+                continue
+            if not parameter.is_floating_point():
+                raise UsageError(
+                    f"the base's weight {name} is quantised and cannot be trained",
+                    "use a method that trains LoRA only, or a base in floating point",
+                )
+            opened[name] = parameter
+        if not opened:
+            raise UsageError("no weight of the base is chosen", "choose others in the method")
+        for name, parameter in opened.items():
+            parameter.requires_grad_(True)
+            self._more[WEIGHTS + name] = parameter
+            self._base[WEIGHTS + name] = _on_host(parameter)
+        self._initial = self.snapshot()
+        return opened
+
+    def add_part(self, name: str, values: Tensor, *, trainable: bool = True) -> torch.nn.Parameter:
+        """Add a parameter of the method's own, part of every snapshot from now on.
+
+        Args:
+            name: unlike any other part's.
+            values: where it starts; it is kept in float32 on the model's device.
+            trainable: whether the optimizer gets it.
+        """
+        start = values.detach().to(self.device, torch.float32, copy=True)
+        part = torch.nn.Parameter(start, requires_grad=trainable)
+        self._more[PART + name] = part
+        self._initial = self.snapshot()
+        return part
+
+    def freeze_adapter(self, *, A: bool = True, B: bool = True) -> None:
+        """Stop training the live adapter's A, B or both."""
+        for key, parameter in self._live.items():
+            if (A and ".lora_A." in key) or (B and ".lora_B." in key):
+                parameter.requires_grad_(False)
+
+    def stand_on(self, past: Snapshot | None) -> None:
+        """Put a frozen adapter under the live one: every forward pass adds both.
+
+        Args:
+            past: of any rank, such as ``answer`` gives, A and B of the adapted modules; None: none.
+
+        Raises:
+            UsageError: its keys or shapes are not those of this model.
+        """
+        if PAST in self.peft.peft_config:
+            self.peft.delete_adapter(PAST)
+        if past is not None:
+            with self._flags(), torch.random.fork_rng(self._cuda_devices()):
+                self.peft.add_adapter(PAST, self._config_for(past))
+                _fill(_saved(self.peft, PAST), past)
+        flags = [(p, p.requires_grad) for p in self._live.values()]
+        self.peft.base_model.set_adapter([SLOT] if past is None else [PAST, SLOT])
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        for parameter in _saved(self.peft, PAST).values():
+            parameter.requires_grad_(False)
+        self._past = None if past is None else dict(past)
+
+    @property
+    def past(self) -> Snapshot | None:
+        """The frozen adapter under the live one, float32 on the host."""
+        return self._past
+
+    def answer(self) -> Snapshot:
+        """Copy to the host what answers: the live adapter, after the frozen one where there is one.
+
+        A sum of adapters is one adapter of the summed rank: A's rows and B's columns stand behind
+        one another, the frozen one's first, at the same scale.
+        """
+        live = self.snapshot()
+        return live if self._past is None else concatenated([self._past, live])
+
+    def _config_for(self, snapshot: Snapshot) -> LoraConfig:
+        """Return the live adapter's configuration with the rank of a snapshot, without dropout."""
+        config: LoraConfig = copy.deepcopy(self.peft.peft_config[SLOT])
+        times = rank_of(snapshot) / config.r
+        config.lora_alpha *= times
+        config.r = rank_of(snapshot)
+        config.lora_dropout = 0.0
+        return config
+
+    @contextmanager
+    def _flags(self) -> Iterator[None]:
+        """Undo what PEFT does to ``requires_grad`` when adapters come, go or are switched."""
+        before = [(parameter, parameter.requires_grad) for parameter in self.peft.parameters()]
+        try:
+            yield
+        finally:
+            for parameter, flag in before:
+                parameter.requires_grad_(flag)
+
+    @contextmanager
+    def as_base(self) -> Iterator[None]:
+        """Be the base alone: no adapter, no condition, opened weights as they came.
+
+        Afterwards all is as before.
+        """
+        condition = self.condition
+        live = {key: _on_host(self._more[key]) for key in self._base}
+        self.condition = None
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(self._flags())
+                stack.enter_context(self.peft.disable_adapter())
+                self._put({key: self._more[key] for key in self._base}, self._base)
+                yield
+        finally:
+            self._put({key: self._more[key] for key in live}, live)
+            self.condition = condition
+
+    @staticmethod
+    def _put(parameters: Mapping[str, torch.nn.Parameter], values: Snapshot) -> None:
+        with torch.no_grad():
+            for key, parameter in parameters.items():
+                parameter.copy_(values[key])
+
     def trainable_count(self) -> int:
         """Return the number of trainable entries."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def config_document(self) -> dict[str, Any]:
-        """Return the content of PEFT's adapter_config.json, with sets in a stable order."""
+    def config_document(self, snapshot: Snapshot | None = None) -> dict[str, Any]:
+        """Return the content of PEFT's adapter_config.json, with sets in a stable order.
+
+        Args:
+            snapshot: the adapter it is for, where its rank may be another than the live one's.
+        """
         live = self.peft.peft_config[SLOT].to_dict()
+        if snapshot is not None and rank_of(snapshot) != live["r"]:
+            live["lora_alpha"] = live["lora_alpha"] * rank_of(snapshot) / live["r"]
+            live["r"] = rank_of(snapshot)
         plain = {
             key: sorted(value) if isinstance(value, set) else value for key, value in live.items()
         }
@@ -107,19 +276,16 @@ class AdaptedModel:
         return plain
 
     def snapshot(self) -> Snapshot:
-        """Copy the live adapter to the host, keyed as PEFT saves it."""
-        return {
-            key: parameter.detach().to("cpu", torch.float32, copy=True)
-            for key, parameter in self._live.items()
-        }
+        """Copy all that may be trained to the host: the live adapter and what was added to it."""
+        return {key: _on_host(p) for key, p in (self._live | self._more).items()}
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Put a snapshot's weights into the live adapter.
+        """Put a snapshot's weights into the live adapter and what was added to it.
 
         Raises:
             UsageError: its keys or shapes are not those of this model and these LoRA settings.
         """
-        _fill(self._live, snapshot)
+        _fill(self._live | self._more, snapshot)
 
     @contextmanager
     def beside(self, snapshots: Sequence[Snapshot]) -> Iterator[list[str]]:
@@ -130,7 +296,7 @@ class AdaptedModel:
         random state are as before.
 
         Args:
-            snapshots: at most ``MOST_BESIDE``.
+            snapshots: at most ``MOST_BESIDE``, of any rank, LoRA alone.
 
         Yields:
             One name per snapshot, for ``generate(adapters=...)``.
@@ -144,13 +310,12 @@ class AdaptedModel:
         if not snapshots:
             yield []
             return
-        config = copy.deepcopy(self.peft.peft_config[SLOT])
         names: list[str] = []
         try:
             for number, snapshot in enumerate(snapshots, start=1):
                 names.append(f"t{number:03d}")
                 with torch.random.fork_rng(self._cuda_devices()):
-                    self.peft.add_adapter(names[-1], config)
+                    self.peft.add_adapter(names[-1], self._config_for(snapshot))
                 _fill(_saved(self.peft, names[-1]), snapshot)
             yield list(names)
         finally:
@@ -171,9 +336,21 @@ class AdaptedModel:
         finally:
             self.peft.train(was_training)
 
-    def reset(self) -> None:
-        """Return the live adapter to its seeded start: A as drawn once, B zero."""
-        self.restore(self._initial)
+    def reset(self, seed: int | None = None) -> None:
+        """Return the live adapter to a seeded start, B zero; nothing else is touched.
+
+        Args:
+            seed: draws A anew, as PEFT does (uniform, Kaiming with a = sqrt(5)); None: A as it was
+                drawn when the model was made.
+        """
+        start = {key: self._initial[key] for key in self._live}
+        if seed is not None:
+            generator = torch.Generator().manual_seed(seed)
+            for key, value in start.items():
+                if ".lora_A." in key:
+                    start[key] = torch.empty_like(value)
+                    torch.nn.init.kaiming_uniform_(start[key], math.sqrt(5), generator=generator)
+        self._put(self._live, start)
 
     def signature_parameters(self, factors: Factors) -> list[torch.nn.Parameter]:
         """Return the parameters a signature reads, block by block in depth order."""
@@ -193,32 +370,20 @@ class AdaptedModel:
         return tuple(sum(p.numel() for p in block.parameters(factors)) for block in self.blocks)
 
 
-def mean_snapshot(members: Sequence[Snapshot]) -> Snapshot:
-    """Return the mean of A and of B over adapters, entry by entry: the same bits whenever asked.
+def lora_config(lora: LoraSection, kind: str = "CAUSAL_LM") -> LoraConfig:
+    """Return PEFT's configuration of the adapter a recipe asks for.
 
-    It is a point that entries can be equal to, not the mean change of the weights, which is no
-    mean of factors.
+    Args:
+        lora: the recipe's ``lora`` section.
+        kind: PEFT's task type.
     """
-    if len(members) == 1:
-        return members[0]
-    mean: Snapshot = {}
-    for key in members[0]:
-        total = torch.zeros(members[0][key].shape, dtype=torch.float64)
-        for member in members:
-            total += member[key]
-        mean[key] = (total / len(members)).float()
-    return mean
-
-
-def lora_config(lora: LoraSection) -> LoraConfig:
-    """Return PEFT's configuration of the adapter a recipe asks for."""
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=_targets(lora),
         bias="none",
-        task_type="CAUSAL_LM",
+        task_type=kind,
     )
 
 
@@ -248,6 +413,10 @@ def _saved(peft_model: Any, slot: str) -> dict[str, torch.nn.Parameter]:
     return found
 
 
+def _on_host(parameter: Tensor) -> Tensor:
+    return parameter.detach().to("cpu", torch.float32, copy=True)
+
+
 def _fill(parameters: Mapping[str, torch.nn.Parameter], snapshot: Snapshot) -> None:
     """Copy a snapshot into an adapter's parameters, in place.
 
@@ -275,13 +444,14 @@ def _targets(lora: LoraSection) -> str | list[str] | None:
 
 def _blocks(peft_model: Any) -> list[Block]:
     """Group the adapter's parameters by the layer number in their module path."""
-    found: dict[int, tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]] = {}
+    found: dict[tuple[bool, int], tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]] = {}
     for name, parameter in peft_model.named_parameters():
         kind = re.search(r"\.lora_([AB])\.", name)
         if kind is None:
             continue
         layer = re.search(r"\.(\d+)\.", name)
-        depth = int(layer.group(1)) if layer else 0
+        # An encoder-decoder numbers both halves from 0; the decoder is the deeper one.
+        depth = (".decoder." in name, int(layer.group(1)) if layer else 0)
         found.setdefault(depth, ([], []))[kind.group(1) == "B"].append(parameter)
     return [
         Block(depth, tuple(A), tuple(B)) for depth, (_, (A, B)) in enumerate(sorted(found.items()))

@@ -1,4 +1,4 @@
-"""Load a frozen causal language model and its tokenizer, local or from the hub."""
+"""Load a frozen language model and its tokenizer, local or from the hub."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from treelora_cli.errors import DataError, EnvironmentProblem, TreeloraError
+from treelora_cli.models.kind import auto_class, check_kind, check_reading
 from treelora_cli.recipe import ModelSection
 
 BUILTIN = Path(__file__).resolve().parent / "builtin"
@@ -47,16 +48,24 @@ class Backbone:
 
     @property
     def positions(self) -> int | None:
-        """The longest sequence the model takes, in tokens, or None if it does not say."""
+        """The longest sequence the model takes, in tokens, or None if it does not say.
+
+        For an encoder-decoder that of either side; T5 knows distances alone and has no limit.
+        """
         found = getattr(self.model.config, "max_position_embeddings", None)
         return int(found) if found else None
+
+    @property
+    def encodes(self) -> bool:
+        """Whether the prompt goes to an encoder and the answer to a decoder, as in T5."""
+        return bool(self.model.config.is_encoder_decoder)
 
 
 def load_backbone(section: ModelSection) -> Backbone:
     """Load the backbone a recipe names; remote code is never run and only safetensors are read.
 
     Raises:
-        DataError: no such model, no weights, or an architecture that is no causal language model.
+        DataError: no such model, no weights, or an architecture that does not answer in text.
         EnvironmentProblem: the device or the attention package is missing.
     """
     transformers_logging.disable_progress_bar()
@@ -70,16 +79,18 @@ def load_backbone(section: ModelSection) -> Backbone:
         logger.info("model %s: taken from the hub, or from its cache", source)
     try:
         # The small file first: a hub out of reach is waited for once, not once for every file.
-        AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+        check_kind(source, config)
         try:
-            model = _load_model(source, dtype, attention, options)
+            model = _load_model(config, source, dtype, attention, options)
         except (ImportError, ValueError):
             # Our own choice may not suit the architecture or the installed build; the user's must.
             if attention is None or section.attention != "auto":
                 raise
             logger.info("no %s for %s, using the model's default", attention, source)
-            model = _load_model(source, dtype, None, options)
+            model = _load_model(config, source, dtype, None, options)
         tokenizer = load_tokenizer(source, options)
+        check_reading(source, config, tokenizer)
     except TreeloraError:
         raise
     except ImportError as error:
@@ -160,9 +171,9 @@ def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
 
 
 def _load_model(
-    source: str, dtype: torch.dtype, attention: str | None, options: dict[str, str]
+    config: Any, source: str, dtype: torch.dtype, attention: str | None, options: dict[str, str]
 ) -> Any:
-    return AutoModelForCausalLM.from_pretrained(
+    return auto_class(config).from_pretrained(
         source,
         dtype=dtype,
         attn_implementation=attention,
@@ -244,17 +255,12 @@ def check_folder(source: str) -> None:
             "save it with model.save_pretrained(folder) of transformers 5",
         )
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:
         raise DataError(
             f"{source}/config.json cannot be used: {one_line(error)}",
             "is it a transformers model?",
         ) from None
-    if config.is_encoder_decoder:
-        raise DataError(
-            f"model {source!r} is an encoder-decoder ({config.model_type})",
-            "only causal language models are supported so far",
-        )
 
 
 def _ensure_pad_token(tokenizer: Any) -> None:

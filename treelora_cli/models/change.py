@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from treelora_cli.models.adapted import Snapshot
+from treelora_cli.models.snapshot import Snapshot
 
 A_KEY, B_KEY = ".lora_A.weight", ".lora_B.weight"
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from treelora_cli.models.adapted import Snapshot
+from treelora_cli.models.snapshot import Snapshot
 
 VALUES, BITS = ".values", ".bits"
 GAPS = {".gaps8": torch.uint8, ".gaps16": torch.uint16}

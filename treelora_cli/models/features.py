@@ -119,22 +119,13 @@ def prompt_features(
     tokens = [shorten(encoder.prompt(prompt)[0] or [encoder.eos]) for prompt in prompts]
     by_length = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
     found: dict[int, Tensor] = {}
-    was_training = adapted.peft.training
-    # PEFT makes the whole adapter trainable when it switches it on again.
-    frozen = [p for p in adapted.live_parameters.values() if not p.requires_grad]
-    adapted.peft.eval()
-    try:
-        with torch.inference_mode(), adapted.peft.disable_adapter():
-            for start in range(0, len(by_length), batch_size):
-                on_batch()
-                chosen = by_length[start : start + batch_size]
-                ids, mask = pad_prompts([tokens[i] for i in chosen], encoder.pad)
-                states = _hidden_states(adapted, ids, mask)
-                found.update(zip(chosen, pooling(states, mask.to(adapted.device)), strict=True))
-    finally:
-        adapted.peft.train(was_training)
-        for parameter in frozen:
-            parameter.requires_grad_(False)
+    with adapted.evaluating(), adapted.as_base(), torch.inference_mode():
+        for start in range(0, len(by_length), batch_size):
+            on_batch()
+            chosen = by_length[start : start + batch_size]
+            ids, mask = pad_prompts([tokens[i] for i in chosen], encoder.pad)
+            states = _hidden_states(adapted, ids, mask)
+            found.update(zip(chosen, pooling(states, mask.to(adapted.device)), strict=True))
     return torch.stack([found[i] for i in range(len(tokens))]) if tokens else torch.zeros(0, 0)
 
 

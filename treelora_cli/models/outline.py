@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
-from treelora_cli.errors import DataError
+from treelora_cli.errors import DataError, TreeloraError
 from treelora_cli.models.adapted import explain_targets, lora_config
 from treelora_cli.models.backbone import (
     check_folder,
@@ -20,6 +20,7 @@ from treelora_cli.models.backbone import (
     one_line,
     source_of,
 )
+from treelora_cli.models.kind import auto_class, check_kind, check_reading
 from treelora_cli.recipe import LoraSection, ModelSection
 
 
@@ -35,6 +36,7 @@ class Outline:
         dtype: the base's dtype.
         device: where it would live.
         positions: the longest sequence, or None.
+        encodes: whether it is an encoder-decoder.
         tokenizer: the model's tokenizer.
     """
 
@@ -45,6 +47,7 @@ class Outline:
     dtype: str
     device: str
     positions: int | None
+    encodes: bool
     tokenizer: Any
 
     @property
@@ -62,7 +65,7 @@ def outline(section: ModelSection, lora: LoraSection) -> Outline:
     """Count a model from its config alone, on the meta device.
 
     Raises:
-        DataError: no such model, or no causal language model.
+        DataError: no such model, or one that does not answer in text.
         UsageError: no module matches ``lora.targets``.
         EnvironmentProblem: the device is missing.
     """
@@ -73,8 +76,13 @@ def outline(section: ModelSection, lora: LoraSection) -> Outline:
     options = {"revision": section.revision} if section.revision else {}
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+        check_kind(source, config)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = auto_class(config).from_config(config, dtype=dtype)
+        tokenizer = load_tokenizer(source, options)
+        check_reading(source, config, tokenizer)
+    except TreeloraError:
+        raise
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and more
         raise DataError(
             f"model {source!r} cannot be outlined: {one_line(error)}", loading_hint(error)
@@ -92,5 +100,6 @@ def outline(section: ModelSection, lora: LoraSection) -> Outline:
         dtype=str(dtype).removeprefix("torch."),
         device=str(device),
         positions=int(positions) if positions else None,
-        tokenizer=load_tokenizer(source, options),
+        encodes=bool(config.is_encoder_decoder),
+        tokenizer=tokenizer,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import Any
 
 SYNTHETIC = "built-in, synthetic"
@@ -89,6 +90,62 @@ class TaskReport:
         return None if self.own is None or self.final is None else self.final - self.own
 
 
+DIFFERENCE, OWN = "difference", "own"
+"""What a task's own part of the weight change is; see :class:`Evidence`."""
+Pairs = tuple[tuple[float | None, ...], ...]
+"""A number of every two tasks, symmetric; None where one of them changed nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What each task added to the weights, and how what two tasks added meets.
+
+    What the numbers are: ``treelora_cli.models.evidence``.
+
+    Attributes:
+        part: what a task's own part is: ``difference`` of the weights after it and before it, or
+            the ``own`` adapter's change.
+        threshold: above how many root mean squares an entry counts as changed.
+        entries: the entries of all adapted modules.
+        places: the tasks that were compared, by their place in the stream, from 0.
+        names: their names.
+        notes: which tasks or weights are not in the numbers, and why.
+        norm: Frobenius norm of each task's part.
+        nuclear: its nuclear norm, summed over the modules.
+        density: the share of its entries that count as changed.
+        collision: the share of entries that count in both; the density on the diagonal.
+        cosine: the cosine of the two parts.
+        overlap: how far both read the same inputs.
+    """
+
+    part: str
+    threshold: float
+    entries: int
+    places: tuple[int, ...]
+    names: tuple[str, ...]
+    notes: tuple[str, ...]
+    norm: tuple[float, ...]
+    nuclear: tuple[float, ...]
+    density: tuple[float, ...]
+    collision: Pairs
+    cosine: Pairs
+    overlap: Pairs
+
+    def pairs(self, key: str) -> list[tuple[int, int, float]]:
+        """Return a number of every two tasks i > j (places in ``names``) that have one."""
+        rows: Pairs = getattr(self, key)
+        cells = [(i, j, rows[i][j]) for i in range(len(rows)) for j in range(i)]
+        return [(i, j, value) for i, j, value in cells if value is not None]
+
+    def mean(self, key: str) -> float | None:
+        """Return a number's mean over tasks or over pairs of tasks; of the cosine its size's."""
+        if key in ("norm", "nuclear", "density"):
+            values = list(getattr(self, key))
+        else:
+            values = [abs(value) for _, _, value in self.pairs(key)]
+        return fmean(values) if values else None
+
+
 @dataclass(frozen=True, slots=True)
 class RunReport:
     """One run; None where a number needs a cell that was not measured.
@@ -126,6 +183,7 @@ class RunReport:
         origin: what the run learned from and how it answers, as text to compare.
         merged: the merged adapters: the tasks that each answers for, and its last merge's error.
         routed: the same numbers where no task is named, for every way of routing that was scored.
+        evidence: what the tasks added to the weights; None where it was not asked for.
     """
 
     path: str
@@ -160,6 +218,7 @@ class RunReport:
     origin: str = ""
     merged: tuple[tuple[tuple[str, ...], float | None], ...] = ()
     routed: tuple[RoutedScores, ...] = ()
+    evidence: Evidence | None = None
 
     @property
     def synthetic(self) -> bool:

@@ -6,11 +6,11 @@ import io
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from rich import box
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from treelora_cli.report.evidence_text import evidence_means, evidence_parts
 from treelora_cli.report.groups import (
     Group as SeedGroup,
 )
@@ -25,6 +25,7 @@ from treelora_cli.report.groups import (
 )
 from treelora_cli.report.metrics import DEFINITIONS
 from treelora_cli.report.model import RunReport, TaskReport
+from treelora_cli.report.tables import NAME_WIDTH, plain_table
 from treelora_cli.report.words import (
     HEADS,
     LIMITED,
@@ -50,8 +51,6 @@ FILE_WIDTH = 120
 
 WIDE = 100
 """From this width on, tables show what scores cost too."""
-
-_NAME_WIDTH = 24
 
 
 def text(reports: Sequence[RunReport], width: int = FILE_WIDTH) -> str:
@@ -81,10 +80,12 @@ def renderable(reports: Sequence[RunReport], width: int) -> Group:
         return Group(*_title(reports[0]), *notes, *_run(reports[0], width, alone=True))
     parts: list[RenderableType] = [Text(f"{len(reports)} runs compared", style="bold"), *notes]
     if repeated(groups):
-        parts += [Text(), *_seeds(groups, width), Text("Every run", style="bold")]
+        parts += [Text(), *_seeds(groups, width), *evidence_means(groups)]
+        parts += [Text("Every run", style="bold")]
         parts += [Text(), _comparison(reports, width), Text(), *_definitions()]
         return Group(*parts, Text("A run in full: treelora report RUN", style="dim"))
     parts += [Text(), _comparison(reports, width), Text(), *_definitions()]
+    parts += [Text(), *evidence_means(groups)]
     for report in reports:
         parts += [Text(), *_title(report), *_run(report, width, alone=False)]
     return Group(*parts)
@@ -109,6 +110,8 @@ def _run(report: RunReport, width: int, alone: bool) -> list[RenderableType]:
     if glance is not None:
         parts += [Text(LIMITED, style="yellow")]
     parts += [*_matrix(glance or report, width), _task_table(report, width), Text()]
+    if report.evidence is not None:
+        parts += [*evidence_parts(report.evidence, width)]
     if report.missing:
         parts += [Text("Not measured", style="bold")]
         parts += [Text(f"  {line}") for line in missing_lines(report)]
@@ -149,7 +152,7 @@ def _seeds(groups: Sequence[SeedGroup], width: int) -> Iterator[RenderableType]:
     keys = [key for key in HEADS if width >= WIDE or key != "bwt_lopez_paz"]
     yield Text(f"Scores x 100: {explained(groups)}", style="bold")
     yield Text()
-    table = _table()
+    table = plain_table()
     table.add_column("method", overflow="fold", min_width=12)
     for head in ["n", *(HEADS[key] for key in keys)]:
         table.add_column(head, justify="right", no_wrap=True)
@@ -166,7 +169,7 @@ def _seeds(groups: Sequence[SeedGroup], width: int) -> Iterator[RenderableType]:
 
 
 def _seed_finals(groups: Sequence[SeedGroup], digits: int) -> Table:
-    table = _table()
+    table = plain_table()
     table.add_column("final score on", overflow="fold", min_width=12)
     for group in groups:
         table.add_column(Text(group.name), justify="right", overflow="fold")
@@ -176,7 +179,7 @@ def _seed_finals(groups: Sequence[SeedGroup], digits: int) -> Table:
 
 
 def _comparison(reports: Sequence[RunReport], width: int) -> Table:
-    table = _table()
+    table = plain_table()
     table.add_column("run", overflow="fold", min_width=12)
     heads = [*HEADS.values(), "adapter", "time"]
     for head in [*heads, "trainable"] if width >= WIDE else heads:
@@ -207,7 +210,7 @@ def _matrix(report: RunReport, width: int) -> Iterator[RenderableType]:
     names = max(len(task.name) for task in report.tasks)
     # Two brackets, and a space before the next column.
     cell = 3 + max((digits for _, digits in measured), default=4)
-    fitting = max(1, (width - min(names, _NAME_WIDTH) - 5) // cell)
+    fitting = max(1, (width - min(names, NAME_WIDTH) - 5) // cell)
     for start in range(0, shown, fitting):
         yield Text()
         yield _matrix_part(report, range(start, min(start + fitting, shown)))
@@ -216,9 +219,9 @@ def _matrix(report: RunReport, width: int) -> Iterator[RenderableType]:
 
 def _matrix_part(report: RunReport, columns: range) -> Table:
     """Some columns of R; rows from before the first of them was learned are left out."""
-    table = _table(gap=0)
+    table = plain_table(gap=0)
     table.add_column("#", justify="right", style="dim")
-    table.add_column("after", max_width=_NAME_WIDTH, no_wrap=True, overflow="ellipsis")
+    table.add_column("after", max_width=NAME_WIDTH, no_wrap=True, overflow="ellipsis")
     for j in columns:
         table.add_column(f"{j + 1} ", justify="right", no_wrap=True, min_width=6)
     for i, row in enumerate(report.matrix):
@@ -240,7 +243,7 @@ def _cell(score: float | None, i: int, j: int) -> Text:
 
 
 def _task_table(report: RunReport, width: int) -> Table:
-    table = _table()
+    table = plain_table()
     table.add_column("#", justify="right", style="dim")
     table.add_column("task", overflow="fold", min_width=12)
     table.add_column("metric", overflow="fold", min_width=8)
@@ -267,10 +270,6 @@ def _task_cells(task: TaskReport) -> list[str]:
         count(task.steps),
         duration(task.train_seconds),
     ]
-
-
-def _table(gap: int = 1) -> Table:
-    return Table(box=box.SIMPLE_HEAD, padding=(0, gap, 0, 0), show_edge=False)
 
 
 def _grid() -> Table:
