@@ -14,6 +14,8 @@ from treelora_cli.models.adapted import BASE_ROW, AdaptedModel
 from treelora_cli.models.encode import Encoder, pad_prompts
 from treelora_cli.models.forward import forward_parameters
 from treelora_cli.models.grouping import group_by_length
+from treelora_cli.models.kind import decoder_start
+from treelora_cli.models.soft import answering, most_rows, soft_width
 
 DECODING = "greedy"
 CPU_TOKENS = 2048
@@ -52,6 +54,10 @@ def generate(
 
     Returns:
         One answer per prompt, in the order of the prompts, special tokens left out.
+
+    Raises:
+        ValueError: the base alone is to answer while the model has a condition; see
+            :meth:`AdaptedModel.as_base`.
     """
     answers: dict[int, str] = {}
     for batch in generate_batches(
@@ -75,14 +81,14 @@ def generate_batches(
 ) -> Iterator[dict[int, str]]:
     """Yield the answers of :func:`generate` batch by batch, by the prompts' numbers."""
     encoded = [encoder.prompt(prompt)[0] for prompt in prompts]
-    lengths = [len(ids) + max_new_tokens for ids in encoded]
-    names = None if adapters is None else [name or BASE_ROW for name in adapters]
+    lengths = [len(ids) + soft_width(adapted) + max_new_tokens for ids in encoded]
+    names = peft_names(adapted, adapters)
     config = generation_config(adapted, max_new_tokens, encoder.stops)
     shared = SharedPrefix(adapted, encoded, names)
     if adapted.device.type == "cpu":
         batch_tokens = min(batch_tokens or CPU_TOKENS, CPU_TOKENS)
     with adapted.evaluating():
-        for chosen in group_by_length(lengths, batch_size, batch_tokens):
+        for chosen in group_by_length(lengths, most_rows(adapted, batch_size), batch_tokens):
             on_batch()
             rows = None if names is None else [names[index] for index in chosen]
             tokens = _generate_batch(
@@ -101,22 +107,36 @@ def _generate_batch(
 ) -> Tensor:
     """Return the new tokens, int64 [B, at most max_new_tokens]."""
     start = len(shared.tokens)
-    ids, mask = pad_prompts([prompt[start:] for prompt in prompts], config.pad_token_id)
-    inputs: dict[str, Any] = {} if names is None else {"adapter_names": list(names)}
+    encodes = adapted.backbone.encodes
+    rest = [prompt[start:] for prompt in prompts]
+    ids, mask = pad_prompts(rest, config.pad_token_id, left=not encodes)
+    more: dict[str, Any] = {} if names is None else {"adapter_names": list(names)}
     with torch.inference_mode():
         if start:
             before = torch.tensor(shared.tokens).expand(len(prompts), -1)
             ids = torch.cat([before, ids], dim=1)
             mask = torch.cat([torch.ones_like(before), mask], dim=1)
-            inputs["past_key_values"] = shared.cache(names, len(prompts))
-        output = adapted.peft.generate(
-            input_ids=ids.to(adapted.device),
-            attention_mask=mask.to(adapted.device),
-            generation_config=config,
-            **inputs,
-        )
-    new: Tensor = output[:, ids.shape[1] :]
+            more["past_key_values"] = shared.cache(names, len(prompts))
+        ids, mask = ids.to(adapted.device), mask.to(adapted.device)
+        with answering(adapted, ids, mask) as inputs:
+            output = adapted.peft.generate(generation_config=config, **inputs, **more)
+    # A decoder begins with its start token; a causal model repeats the tokens it was given.
+    given = 1 if encodes else ids.shape[1] if "input_ids" in inputs else 0
+    new: Tensor = output[:, given:]
     return new
+
+
+def peft_names(adapted: AdaptedModel, adapters: Adapters | None) -> list[str] | None:
+    """Return PEFT's name of who answers each prompt; None: the live adapter answers all.
+
+    Raises:
+        ValueError: the base alone is to answer while the model has a condition.
+    """
+    if adapters is None:
+        return None
+    if adapted.condition is not None and None in adapters:
+        raise ValueError("what the base alone says knows no condition; ask inside as_base()")
+    return [name or BASE_ROW for name in adapters]
 
 
 def generation_config(
@@ -137,6 +157,7 @@ def generation_config(
         eos_token_id=list(stops),
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
+        decoder_start_token_id=decoder_start(adapted.backbone.model.config),
         use_cache=True,
     )
 
@@ -145,7 +166,8 @@ class SharedPrefix:
     """The tokens that all prompts begin with, such as a task's instruction, read once an adapter.
 
     Keys and values of a token depend on the tokens before it alone, so they are those that each
-    prompt would compute. Only for models whose cache keeps every token of every layer.
+    prompt would compute. Only for causal models whose cache keeps every token of every layer, and
+    not where a condition makes every prompt begin with something of its own.
 
     Args:
         adapted: the model.
@@ -166,8 +188,9 @@ class SharedPrefix:
         self._adapted = adapted
         self._states: dict[str | None, list[LayerStates]] = {}
         self.tokens: list[int] = []
-        answering = 1 if names is None else len(set(names))
-        if len(prompts) > 2 * answering and has_plain_cache(adapted.backbone.model):
+        who = 1 if names is None else len(set(names))
+        fits = adapted.condition is None and has_plain_cache(adapted.backbone.model)
+        if fits and len(prompts) > 2 * who:
             length = min(common_length(prompts), min(map(len, prompts)) - 1)
             self.tokens = list(prompts[0][:length]) if length >= LEAST_SHARED else []
 
@@ -203,7 +226,7 @@ def common_length(sequences: Sequence[list[int]]) -> int:
 
 def has_plain_cache(model: Any) -> bool:
     """Tell whether a model's cache keeps every token of every layer: no window, no recurrence."""
-    if "past_key_values" not in forward_parameters(model):
+    if model.config.is_encoder_decoder or "past_key_values" not in forward_parameters(model):
         return False
     layers = DynamicCache(config=model.config).layers
     return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)

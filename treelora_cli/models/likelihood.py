@@ -2,7 +2,9 @@
 
 All labels of a prompt are read in one sequence, ``[prompt][label 1][label 2]...``. Each label sees
 the prompt and itself alone, and its positions go on from the prompt's end, so it scores as if it
-stood there alone.
+stood there alone. Where that cannot be, a label at a time is read.
+
+Of an encoder-decoder the prompt is encoded once, and the decoder reads a label at a time.
 """
 
 from __future__ import annotations
@@ -13,13 +15,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache, EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutput
 
 from treelora_cli.errors import UsageError
-from treelora_cli.models.adapted import BASE_ROW, AdaptedModel
+from treelora_cli.models.adapted import AdaptedModel
 from treelora_cli.models.encode import Encoder, pad_prompts, positions_of
-from treelora_cli.models.forward import forward_parameters
-from treelora_cli.models.generate import Adapters
+from treelora_cli.models.forward import forward_parameters, shifted_right
+from treelora_cli.models.generate import Adapters, peft_names
 from treelora_cli.models.grouping import group_by_length
+from treelora_cli.models.soft import answering, embed, most_rows, soft_width
 
 CPU_TOKENS = 2048
 """Most tokens of a batch on a CPU: one forward pass, whose activations should fit its cache."""
@@ -110,7 +115,8 @@ def choose_batches(
         adapters: who answers each prompt; None: the live adapter answers all.
 
     Raises:
-        UsageError: ``data.max_answer_tokens`` cuts labels until two are the same.
+        UsageError: two labels are the same tokens, cut or not.
+        ValueError: the base alone is to answer while the model has a condition.
     """
     for scores in score_batches(
         adapted, encoder, prompts, labels, separator, batch_size, on_batch,
@@ -139,26 +145,25 @@ def score_batches(
         return
     encoded = [encoder.prompt(prompt)[0] for prompt in prompts]
     learned = [_learned(encoder, prompts[0], label, separator) for label in labels]
-    _check_distinct(labels, learned)
-    width = sum(len(ids) - 1 for ids in learned)
-    lengths = [len(ids) + width for ids in encoded]
-    together = takes_label_masks(adapted.backbone.model, max(lengths))
+    _check_distinct(labels, learned, encoder.max_answer_tokens)
+    names = peft_names(adapted, adapters)
+    longest = max(map(len, encoded)) + soft_width(adapted) + sum(len(ids) - 1 for ids in learned)
+    together = takes_label_masks(adapted.backbone.model, longest)
     blocks = [LabelBlock.of(learned)] if together else [LabelBlock.of([ids]) for ids in learned]
-    vocabulary = int(adapted.backbone.model.config.get_text_config().vocab_size)
     read = max(len(block.tokens) + 1 for block in blocks)
-    rows = max(1, min(batch_size, MOST_LOGITS // (read * vocabulary)))
+    lengths = [len(ids) + soft_width(adapted) + read - 1 for ids in encoded]
+    vocabulary = int(adapted.backbone.model.config.get_text_config().vocab_size)
+    rows = max(1, min(most_rows(adapted, batch_size), MOST_LOGITS // (read * vocabulary)))
     if adapted.device.type == "cpu":
         batch_tokens = min(batch_tokens or CPU_TOKENS, CPU_TOKENS)
     with adapted.evaluating():
         for chosen in group_by_length(lengths, rows, batch_tokens):
             on_batch()
-            names = None if adapters is None else [adapters[index] or BASE_ROW for index in chosen]
+            who = None if names is None else [names[index] for index in chosen]
             ids = [encoded[index] for index in chosen]
             with torch.inference_mode():
-                scores = [
-                    _label_scores(adapted, ids, block, encoder.pad, names) for block in blocks
-                ]
-            yield dict(zip(chosen, torch.cat(scores, dim=1).cpu(), strict=True))
+                scores = _scores(adapted, ids, blocks, encoder.pad, who)
+            yield dict(zip(chosen, scores.cpu(), strict=True))
 
 
 def _learned(encoder: Encoder, prompt: str, label: str, separator: str) -> list[int]:
@@ -166,14 +171,21 @@ def _learned(encoder: Encoder, prompt: str, label: str, separator: str) -> list[
     return list(example.tokens[example.answer_start :])
 
 
-def _check_distinct(labels: Sequence[str], learned: Sequence[Sequence[int]]) -> None:
+def _check_distinct(
+    labels: Sequence[str], learned: Sequence[Sequence[int]], longest: int
+) -> None:
     first: dict[tuple[int, ...], str] = {}
     for label, ids in zip(labels, learned, strict=True):
         other = first.setdefault(tuple(ids), label)
-        if other != label:
+        if other != label and len(ids) == longest + 1:
             raise UsageError(
                 f"data.max_answer_tokens cuts the labels {other!r} and {label!r} to equal tokens",
                 "score with --scoring greedy, or train with longer answers",
+            )
+        if other != label:
+            raise UsageError(
+                f"the labels {other!r} and {label!r} are the same tokens to this model's tokenizer",
+                "it may not know their script: take a base that does",
             )
 
 
@@ -184,14 +196,15 @@ def takes_label_masks(model: Any, longest: int) -> bool:
     than the sequences, under an attention that adds a [B, 1, S, S] mask.
 
     Args:
-        model: a causal language model.
+        model: a language model; an encoder-decoder's labels would stand behind no prompt.
         longest: tokens of the longest sequence.
     """
     config = model.config.get_text_config(decoder=True)
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = getattr(config, "sliding_window", None)
     return (
-        {"attention_mask", "position_ids"} <= forward_parameters(model)
+        not model.config.is_encoder_decoder
+        and {"attention_mask", "position_ids"} <= forward_parameters(model)
         and getattr(config, "rope_parameters", None) is not None
         and not getattr(config, "alibi", False)
         and kinds <= {"full_attention", "sliding_attention"}
@@ -200,37 +213,40 @@ def takes_label_masks(model: Any, longest: int) -> bool:
     )
 
 
-def _label_scores(
+def _scores(
     adapted: AdaptedModel,
     prompts: Sequence[Sequence[int]],
-    block: LabelBlock,
+    blocks: Sequence[LabelBlock],
     pad: int,
     names: Sequence[str] | None,
 ) -> Tensor:
     """Return the log-probability of each label behind each prompt, float32 [B, labels]."""
-    model, keep = adapted.backbone.model, len(block.tokens) + 1
-    ids, mask = pad_prompts(prompts, pad)
-    ends = positions_of(mask)[:, -1:]
-    tail = block.tokens.expand(len(prompts), -1)
-    inputs: dict[str, Any] = {
-        "input_ids": torch.cat([ids, tail], dim=1),
-        "attention_mask": torch.cat([mask, torch.ones_like(tail)], dim=1),
-        "position_ids": torch.cat([positions_of(mask), ends + block.offsets], dim=1),
-    }
-    if block.count > 1:
-        inputs["attention_mask"] = label_mask(mask, block.owner, model.dtype)
-    inputs = {key: value.to(adapted.device) for key, value in inputs.items()}
-    accepted = forward_parameters(model)
-    if "position_ids" not in accepted:
-        del inputs["position_ids"]
-    if "logits_to_keep" in accepted:
-        inputs["logits_to_keep"] = keep
-    if names is not None:
-        inputs["adapter_names"] = list(names)
-    logits = adapted.peft(**inputs, use_cache=False).logits[:, -keep:].float()
+    encodes = adapted.backbone.encodes
+    padded = pad_prompts(prompts, pad, left=not encodes)
+    ids, mask = (tensor.to(adapted.device) for tensor in padded)
+    more: dict[str, Any] = {} if names is None else {"adapter_names": list(names)}
+    with answering(adapted, ids, mask) as read:
+        logits = _decoded(adapted, read, blocks, more) if encodes else None
+        scores = [
+            _label_scores(_behind(adapted, read, block, more), block)
+            if logits is None
+            else _label_scores(next(logits), block)
+            for block in blocks
+        ]
+    return torch.cat(scores, dim=1)
+
+
+def _label_scores(logits: Tensor, block: LabelBlock) -> Tensor:
+    """Return the log-probability of each label, float32 [B, labels].
+
+    Args:
+        logits: [B, 1 + W, vocabulary] at the end of the prompt and at the block's tokens.
+        block: the labels.
+    """
     at, target, label = (part.to(logits.device) for part in (block.at, block.target, block.label))
-    found = logits[:, at, target] - logits.logsumexp(dim=-1)[:, at]
-    scores: Tensor = found.new_zeros(len(prompts), block.count)
+    values = logits.float()
+    found = values[:, at, target] - values.logsumexp(dim=-1)[:, at]
+    scores: Tensor = found.new_zeros(len(values), block.count)
     return scores.index_add_(1, label, found)
 
 

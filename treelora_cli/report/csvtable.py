@@ -6,9 +6,10 @@ import csv
 import io
 from collections.abc import Iterator, Sequence
 
+from treelora_cli.report.evidence import PAIR_KEYS, TASK_KEYS
 from treelora_cli.report.groups import Group, Spread, grouped
 from treelora_cli.report.metrics import DEFINITIONS
-from treelora_cli.report.model import RunReport
+from treelora_cli.report.model import Evidence, RunReport
 from treelora_cli.report.scoring import ZERO_SHOT
 
 COLUMNS = (
@@ -30,6 +31,8 @@ COLUMNS = (
     "std",
     "n",
     "rows",
+    "other_index",
+    "other",
 )
 """``kind`` tells the rows apart:
 
@@ -40,6 +43,9 @@ COLUMNS = (
 - ``group_number``, ``group_op_curve``, ``group_final``: the mean of a group of runs that differ
   only in the seed, its sample standard deviation ``std`` (empty for one run) and the number of
   runs ``n``; ``group_final`` is the final score on one task.
+- ``evidence``: what a task added to the weights (``metric``: density, norm, nuclear), and
+  ``evidence_pair``: how what two tasks added meets (collision, overlap, cosine), ``other`` being
+  the earlier of the two. Only where evidence was asked for.
 """
 
 # What spreadsheets take for the beginning of a formula, in both widths.
@@ -113,6 +119,23 @@ def _run(report: RunReport, group: str) -> Iterator[Row]:
         if value is not None:
             about = {"metric": key, "score": value}
             yield {"kind": "number", **shared, **_after(report, report.learned), **about}
+    if report.evidence is not None:
+        yield from ({**shared, **row} for row in _evidence(report.evidence))
+
+
+def _evidence(evidence: Evidence) -> Iterator[Row]:
+    for key in TASK_KEYS:
+        for i, value in enumerate(getattr(evidence, key)):
+            yield {"kind": "evidence", **_place(evidence, i), "metric": key, "score": value}
+    for key in PAIR_KEYS:
+        for i, j, value in evidence.pairs(key):
+            about: Row = {**_place(evidence, i), "metric": key, "score": value}
+            about |= {"other_index": evidence.places[j] + 1, "other": evidence.names[j]}
+            yield {"kind": "evidence_pair", **about}
+
+
+def _place(evidence: Evidence, i: int) -> Row:
+    return {"task_index": evidence.places[i] + 1, "task": evidence.names[i]}
 
 
 def _group(group: Group) -> Iterator[Row]:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from treelora_cli.report.evidence import PAIR_KEYS, TASK_KEYS, means
 from treelora_cli.report.groups import Group, Spread, grouped
 from treelora_cli.report.metrics import DEFINITIONS
-from treelora_cli.report.model import RunReport, TaskReport
+from treelora_cli.report.model import Evidence, RunReport, TaskReport
 
 Json = dict[str, Any]
 
@@ -44,6 +45,7 @@ def _group(group: Group) -> Json:
         "tasks": [
             {"name": name, "final": _spread(final)} for name, final in group.finals().items()
         ],
+        "evidence": {key: _spread(value) for key, value in means(group).items()} or None,
     }
 
 
@@ -83,10 +85,25 @@ def _run(report: RunReport) -> Json:
         "routed": [asdict(way) for way in report.routed],
         "limited_cells": report.limited_cells,
         "limited_matrix": [list(row) for row in report.limited_matrix] or None,
+        "evidence": None if report.evidence is None else _evidence(report.evidence),
         "tree": report.tree,
         "recipe": report.recipe or None,
         "versions": report.versions,
         "command": report.command,
+    }
+
+
+def _evidence(evidence: Evidence) -> Json:
+    """Shares are 0-1 and matrices symmetric; the mean of the cosine is that of its size."""
+    return {
+        "part": evidence.part,
+        "threshold": evidence.threshold,
+        "entries": evidence.entries,
+        "notes": list(evidence.notes),
+        "tasks": list(evidence.names),
+        **{key: list(getattr(evidence, key)) for key in TASK_KEYS},
+        **{key: [list(row) for row in getattr(evidence, key)] for key in PAIR_KEYS},
+        "mean": {key: evidence.mean(key) for key in (*TASK_KEYS, *PAIR_KEYS)},
     }
 
 

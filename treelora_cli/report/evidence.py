@@ -19,7 +19,7 @@ PAIR_KEYS = ("collision", "overlap", "cosine")
 
 TITLE = "What each task added to the weights"
 
-HEADS = {
+EVIDENCE_HEADS = {
     "density": "density, %",
     "norm": "norm",
     "nuclear": "nuclear norm",
@@ -46,7 +46,7 @@ _PARTS = {
 }
 
 
-def explained(evidence: Evidence) -> str:
+def compared(evidence: Evidence) -> str:
     """What is compared, in one or two sentences."""
     said = f"{_PARTS[evidence.part]}, over {count(evidence.entries)} entries of the adapted modules"
     return f"{said}. {counted(evidence)}"
@@ -93,7 +93,7 @@ def task_rows(evidence: Evidence) -> list[tuple[int, str, list[str]]]:
 
 def means_line(evidence: Evidence) -> str:
     """The means over tasks and over pairs, in one line."""
-    tasks = [f"{HEADS[key]} {shown(key, evidence.mean(key))}" for key in TASK_KEYS]
+    tasks = [f"{EVIDENCE_HEADS[key]} {shown(key, evidence.mean(key))}" for key in TASK_KEYS]
     if not evidence.pairs("collision"):
         return f"Mean over tasks: {', '.join(tasks)}."
     pairs = [f"{mean_head(key)} {mean_shown(key, evidence.mean(key))}" for key in PAIR_KEYS]
@@ -102,7 +102,7 @@ def means_line(evidence: Evidence) -> str:
 
 def mean_head(key: str) -> str:
     """What the mean of a number is called: of the cosine it is that of its size."""
-    return "|cosine|" if key == "cosine" else HEADS[key]
+    return "|cosine|" if key == "cosine" else EVIDENCE_HEADS[key]
 
 
 def mean_shown(key: str, value: float | None) -> str:
@@ -111,8 +111,10 @@ def mean_shown(key: str, value: float | None) -> str:
 
 
 def means(group: Group) -> dict[str, Spread | None]:
-    """The means over tasks or pairs of a group's runs, over its seeds."""
-    known = [run.evidence for run in group.counted if run.evidence is not None]
+    """The means over tasks or pairs of a group's runs, over its seeds; empty without evidence."""
+    known = [run.evidence for run in group.counted if run.evidence and run.evidence.names]
+    if not known:
+        return {}
     return {key: spread(one.mean(key) for one in known) for key in (*TASK_KEYS, *PAIR_KEYS)}
 
 
@@ -121,7 +123,7 @@ def means_rows(groups: Sequence[Group]) -> list[tuple[Group, list[str]]]:
     rows = []
     for group in groups:
         found = means(group)
-        if any(value is not None for value in found.values()):
+        if found:
             cells = [_plus_minus(key, value) for key, value in found.items()]
             rows.append((group, [_part(group), *cells]))
     return rows

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from treelora_cli.report.evidence import (
-    HEADS,
+    EVIDENCE_HEADS,
     MEAN_HEADS,
     MEANINGS,
     MEANS_MEANING,
@@ -16,7 +16,7 @@ from treelora_cli.report.evidence import (
     PAIR_KEYS,
     TASK_KEYS,
     TITLE,
-    explained,
+    compared,
     means_line,
     means_rows,
     shown,
@@ -45,7 +45,7 @@ def evidence_parts(evidence: Evidence, width: int) -> Iterator[RenderableType]:
     yield Text(TITLE, style="bold")
     yield from (Text(note, style="yellow") for note in evidence.notes)
     if evidence.names:
-        yield Text(explained(evidence), style="dim")
+        yield Text(compared(evidence), style="dim")
         yield Text()
         yield _tasks(evidence)
         yield Text()
@@ -78,7 +78,7 @@ def _tasks(evidence: Evidence) -> Table:
     table.add_column("#", justify="right", style="dim")
     table.add_column("task", overflow="fold", min_width=12)
     for key in TASK_KEYS:
-        table.add_column(HEADS[key], justify="right", no_wrap=True)
+        table.add_column(EVIDENCE_HEADS[key], justify="right", no_wrap=True)
     for number, name, cells in task_rows(evidence):
         table.add_row(Text(str(number)), Text(name), *map(Text, cells))
     return table
@@ -89,7 +89,7 @@ def _pairs(evidence: Evidence, key: str, width: int) -> Iterator[RenderableType]
     last = len(evidence.names) - 1
     if last < 1:
         return
-    yield Text.assemble((HEADS[key], "bold"), (f": {MEANINGS[key]}", "dim"))
+    yield Text.assemble((EVIDENCE_HEADS[key], "bold"), (f": {MEANINGS[key]}", "dim"))
     names = min(NAME_WIDTH, max(map(len, evidence.names)))
     fitting = max(1, (width - names - 5) // _CELL)
     for start in range(0, last, fitting):

@@ -8,8 +8,8 @@ from functools import cache
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from treelora_cli.report import evidence, words
 from treelora_cli.report import groups as seeds
-from treelora_cli.report import words
 from treelora_cli.report.curves import (
     NARROW,
     STYLES,
@@ -25,6 +25,7 @@ from treelora_cli.report.heatmap import heatmap
 from treelora_cli.report.kept import kept
 from treelora_cli.report.metrics import DEFINITIONS
 from treelora_cli.report.model import RunReport
+from treelora_cli.report.pairmap import pairmap
 from treelora_cli.report.ramp import stylesheet
 
 
@@ -55,6 +56,8 @@ def _environment() -> Environment:
         "dash": words.NOT_MEASURED,
         "heatmap": heatmap,
         "kept": kept,
+        "evidence": evidence,
+        "pairmap": pairmap,
         "loss_curve": loss_curve,
         "dendrogram": dendrogram,
         "op_curves": op_curves,
@@ -87,6 +90,7 @@ def html(reports: Sequence[RunReport]) -> str:
             reports=reports,
             names=words.legends(reports),
             groups=groups if seeds.repeated(groups) else [],
+            all_groups=groups,
             notices=[*words.notices(reports), *seeds.group_notices(groups)],
             title=_title(reports),
         )

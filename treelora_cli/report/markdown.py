@@ -5,6 +5,21 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
+from treelora_cli.report.evidence import (
+    EVIDENCE_HEADS,
+    MEAN_HEADS,
+    MEANINGS,
+    MEANS_MEANING,
+    MEANS_TITLE,
+    PAIR_KEYS,
+    TASK_KEYS,
+    TITLE,
+    compared,
+    means_line,
+    means_rows,
+    shown,
+    task_rows,
+)
 from treelora_cli.report.groups import (
     Group,
     explained,
@@ -16,7 +31,7 @@ from treelora_cli.report.groups import (
     repeated,
 )
 from treelora_cli.report.metrics import DEFINITIONS
-from treelora_cli.report.model import RunReport
+from treelora_cli.report.model import Evidence, RunReport
 from treelora_cli.report.words import (
     HEADS,
     LIMITED,
@@ -55,10 +70,12 @@ def markdown(reports: Sequence[RunReport]) -> str:
     said = [*notices(reports), *group_notices(groups)]
     blocks += [f"> {escaped(notice)}" for notice in said]
     if repeated(groups):
-        blocks += [*_seeds(groups), _definitions(), "## Every run", _comparison(reports)]
+        blocks += [*_seeds(groups), *_evidence_means(groups), _definitions()]
+        blocks += ["## Every run", _comparison(reports)]
         return "\n\n".join(block for block in blocks if block) + "\n"
     if len(reports) > 1:
         blocks += [_comparison(reports), _definitions(), *_finals(reports)]
+        blocks += _evidence_means(groups)
     for report in reports:
         blocks += _run(report, alone=len(reports) == 1)
     return "\n\n".join(block for block in blocks if block) + "\n"
@@ -147,6 +164,9 @@ def _run(report: RunReport, alone: bool) -> Iterator[str]:
         yield _matrix(glance or report)
     yield f"{depth} Tasks"
     yield _tasks(report)
+    if report.evidence is not None:
+        yield f"{depth} {TITLE}"
+        yield from _evidence(report.evidence)
     yield _background(report, depth)
 
 
@@ -185,6 +205,43 @@ def _tasks(report: RunReport) -> str:
         for number, task in enumerate(report.tasks, start=1)
     ]
     return table(head, rows, left=3)
+
+
+def _evidence(evidence: Evidence) -> Iterator[str]:
+    yield from (escaped(f"Note: {note}.") for note in evidence.notes)
+    if not evidence.names:
+        return
+    yield escaped(compared(evidence))
+    rows = [[str(number), escaped(name), *map(escaped, cells)] for number, name, cells in task_rows(evidence)]
+    yield table(["#", "task", *(EVIDENCE_HEADS[key] for key in TASK_KEYS)], rows, left=2)
+    for key in PAIR_KEYS if len(evidence.names) > 1 else ():
+        yield f"**{EVIDENCE_HEADS[key]}**: {escaped(MEANINGS[key])}."
+        yield _triangle(evidence, key)
+    yield escaped(means_line(evidence))
+
+
+def _triangle(evidence: Evidence, key: str) -> str:
+    numbers = [str(place + 1) for place in evidence.places]
+    values = getattr(evidence, key)
+    rows = [
+        [
+            f"{numbers[i]} {escaped(evidence.names[i])}",
+            *(escaped(shown(key, value)) if j < i else "" for j, value in enumerate(values[i][:-1])),
+        ]
+        for i in range(1, len(numbers))
+    ]
+    return table(["", *numbers[:-1]], rows)
+
+
+def _evidence_means(groups: Sequence[Group]) -> list[str]:
+    rows = [
+        [escaped(marked(group.name, group.synthetic)), *map(escaped, cells)]
+        for group, cells in means_rows(groups)
+    ]
+    if not rows:
+        return []
+    head = ["method", *map(escaped, MEAN_HEADS)]
+    return [f"## {MEANS_TITLE}", MEANS_MEANING, table(head, rows)]
 
 
 def _background(report: RunReport, depth: str) -> str:

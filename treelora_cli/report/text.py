@@ -85,7 +85,8 @@ def renderable(reports: Sequence[RunReport], width: int) -> Group:
         parts += [Text(), _comparison(reports, width), Text(), *_definitions()]
         return Group(*parts, Text("A run in full: treelora report RUN", style="dim"))
     parts += [Text(), _comparison(reports, width), Text(), *_definitions()]
-    parts += [Text(), *evidence_means(groups)]
+    means = [*evidence_means(groups)]
+    parts += [Text(), *means] if means else []
     for report in reports:
         parts += [Text(), *_title(report), *_run(report, width, alone=False)]
     return Group(*parts)
