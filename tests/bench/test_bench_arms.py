@@ -44,7 +44,7 @@ def test_a_first_task_trains_as_plain_peft_does(name: str) -> None:
     plain = PlainLoop(plain_model, examples, OPTIM)
     forwards = Forwards(examples, SameRows(3, 4), OPTIM, 0)
     method = new_method(name, adapted, 0)
-    trainer = begin(method, adapted, task_context(0, forwards, 0), forwards, OPTIM)
+    trainer = begin(method, adapted, task_context(0, forwards, 0, adapted), forwards, OPTIM)
     losses = []
     for _ in range(4):
         plain.step()
@@ -106,7 +106,7 @@ def test_many_earlier_tasks_are_what_the_method_looks_at(name: str) -> None:
     _, memory = learn_one(name, adapted, examples, OPTIM, 0)
     method = remember_many(name, adapted, memory, 37, 0)
     forwards = Forwards(examples, SameRows(3, 40), OPTIM, 0)
-    trainer = begin(method, adapted, task_context(37, forwards, 0), forwards, OPTIM)
+    trainer = begin(method, adapted, task_context(37, forwards, 0, adapted), forwards, OPTIM)
     for _ in range(3):
         trainer.advance()
     results = trainer.drain()
@@ -122,7 +122,7 @@ def test_one_earlier_task_is_remembered_by_the_method_that_trained_it() -> None:
     examples = ROWS.examples(TINY.vocab, 0)
     method, _ = learn_one("treelora", adapted, examples, OPTIM, 0)
     forwards = Forwards(examples, SameRows(3, 4), OPTIM, 0)
-    trainer = begin(method, adapted, task_context(1, forwards, 0), forwards, OPTIM)
+    trainer = begin(method, adapted, task_context(1, forwards, 0, adapted), forwards, OPTIM)
     trainer.advance()
     (result,) = trainer.drain()
     assert result.info["arms"] == [0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,11 +11,13 @@ from torch.nn import functional
 
 from treelora_cli.engine.batches import RowPlan
 from treelora_cli.engine.forwards import Forwards
+from treelora_cli.engine.gradients import first_gradient
 from treelora_cli.engine.optim import build_optimizer
 from treelora_cli.engine.training import TaskTrainer
 from treelora_cli.methods.base import Method, StreamContext, TaskContext, build_method
 from treelora_cli.models.adapted import AdaptedModel
 from treelora_cli.models.encode import IGNORED, Example
+from treelora_cli.models.probe import Probe
 from treelora_cli.recipe import MethodSection, OptimSection, Recipe
 
 
@@ -131,17 +134,26 @@ def new_method(name: str, adapted: AdaptedModel, seed: int) -> Method:
     return method
 
 
-def task_context(index: int, forwards: Forwards, seed: int) -> TaskContext:
+def task_context(index: int, forwards: Forwards, seed: int, adapted: AdaptedModel) -> TaskContext:
     """Return what a method is told of a task.
 
     Args:
         index: its place in the stream.
         forwards: its batches.
         seed: its seed.
+        adapted: the model.
     """
     plan = forwards.plan
     return TaskContext(
-        index, f"task-{index}", plan.steps, plan.steps_per_epoch, seed, forwards.per_epoch()
+        index,
+        f"task-{index}",
+        plan.steps,
+        plan.steps_per_epoch,
+        seed,
+        forwards.per_epoch(),
+        probe=partial(first_gradient, adapted, forwards),
+        rows=forwards.examples,
+        ask=Probe(adapted, forwards.batches),
     )
 
 

@@ -89,7 +89,7 @@ def arms(
     pad = adapted.backbone.tokenizer.pad_token_id
     forwards = Forwards(examples, rows, optim, pad, plan.device.type)
     method = new_method(METHOD, adapted, plan.seed)
-    task = task_context(0, forwards, plan.seed)
+    task = task_context(0, forwards, plan.seed, adapted)
     return papers, begin(method, adapted, task, forwards, optim)
 
 

@@ -39,11 +39,14 @@ def learn_one(
     plan = SameRows(len(examples), 2)
     pad = adapted.backbone.tokenizer.pad_token_id
     forwards = Forwards(examples, plan, optim, pad)
-    trainer = begin(method, adapted, task_context(0, forwards, seed), forwards, optim)
+    trainer = begin(method, adapted, task_context(0, forwards, seed, adapted), forwards, optim)
     trainer.advance()
     trainer.advance()
     trainer.drain()
-    return method, method.end_task(trainer.task)
+    adapted.peft.eval()
+    memory, answer = method.end_task(trainer.task), adapted.answer()
+    method.install([StoredTask(0, trainer.task.name, memory, lambda: answer)])
+    return method, memory
 
 
 def remember_many(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,13 +82,21 @@ class SameRows(RowPlan):
         return self._rows
 
 
-def build(shape: Shape, device: torch.device, seed: int, positions: int = 2048) -> AdaptedModel:
+def build(
+    shape: Shape,
+    device: torch.device,
+    seed: int,
+    make: Callable[[Backbone, LoraSection, int], AdaptedModel] = AdaptedModel,
+    *,
+    positions: int = 2048,
+) -> AdaptedModel:
     """Return a Llama with random weights that carries a LoRA adapter; a seed gives the same ones.
 
     Args:
         shape: its sizes.
         device: where it lives; bfloat16 on a GPU that has it, else float32.
         seed: of weights and adapter.
+        make: puts the adapter on, as a method's ``build`` does.
         positions: its longest sequence.
     """
     dtype = choose_dtype("auto", device)
@@ -113,7 +121,7 @@ def build(shape: Shape, device: torch.device, seed: int, positions: int = 2048) 
     model.requires_grad_(False)
     model.eval()
     backbone = Backbone(model, number_tokenizer(shape.vocab), str(shape), "random", False, device)
-    return AdaptedModel(backbone, LORA, seed)
+    return make(backbone, LORA, seed)
 
 
 def number_tokenizer(vocab: int) -> Any:

@@ -99,7 +99,7 @@ def time_method(
     pad = adapted.backbone.tokenizer.pad_token_id
     rows = SameRows(len(examples), steps)
     forwards = Forwards(examples, rows, OPTIM, pad, plan.device.type)
-    task = task_context(index, forwards, plan.seed)
+    task = task_context(index, forwards, plan.seed, adapted)
     began = time.perf_counter()
     trainer = begin(method, adapted, task, forwards, OPTIM)
     start = time.perf_counter() - began
@@ -140,8 +140,7 @@ def run(plan: Plan, say: Say) -> Sequence[Table]:
     """Time every method at every shape."""
     known = registry()
     names = list(plan.methods) if plan.methods is not None else known.names()
-    for name in names:
-        known.get(name)
+    names = [name for name in names if known.get(name).trains]
     return [_table(plan, bench, names, say) for bench in benches(plan)]
 
 
@@ -161,7 +160,7 @@ def _table(plan: Plan, bench: Bench, names: Sequence[str], say: Say) -> Table:
 
 
 def _rows(plan: Plan, bench: Bench, plain: PlainLoop, name: str, say: Say) -> list[Row]:
-    adapted = build(bench.shape, plan.device, plan.seed)
+    adapted = build(bench.shape, plan.device, plan.seed, registry().get(name).build)
     examples = bench.rows.examples(bench.shape.vocab, plan.seed)
     method, memory = learn_one(name, adapted, examples, OPTIM, plan.seed)
     found: list[Row] = []
