@@ -1,12 +1,13 @@
 # make demo   set up, train the built-in stream, show the tree and the scores
 # make test   set up, install what the tests need, run them
+# make mutate break the code in many places, and see that the tests notice
 # make check  ruff, format and types, as CI does
 PYTHON ?= python3
 VENV   ?= .venv
 RUN    ?= run
 BIN    := $(VENV)/bin
 
-.PHONY: demo install test test-slow check clean
+.PHONY: demo install test test-slow mutate check clean
 
 demo: install
 	$(BIN)/treelora train-stream --run-dir $(RUN)
@@ -28,6 +29,9 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow
+
+mutate: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutate.py --jobs 2
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

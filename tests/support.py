@@ -24,9 +24,12 @@ TEXTS = [
 ]
 
 
-def make_tokenizer(folder: Path) -> None:
-    """Train a byte-level BPE on a few lines, so that any text can be encoded."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+def make_tokenizer(folder: Path, *, ends: bool = False) -> None:
+    """Train a byte-level BPE on a few lines, so that any text can be encoded.
+
+    With ``ends`` it has no begin token and puts the end token behind a text, as T5's does.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
@@ -38,12 +41,19 @@ def make_tokenizer(folder: Path) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(TEXTS, trainer)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(folder)
+    special = {"pad_token": "<pad>", "eos_token": "</s>"}
+    if ends:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="$A </s>", special_tokens=[("</s>", 2)]
+        )
+    else:
+        special["bos_token"] = "<s>"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
 
 
-def make_checkpoint(folder: Path, model_type: str = "llama", positions: int = 256) -> Path:
+def make_checkpoint(
+    folder: Path, model_type: str = "llama", positions: int = 256, **more: object
+) -> Path:
     """Save a random model of a real architecture, two layers deep, with its tokenizer."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -62,9 +72,29 @@ def make_checkpoint(folder: Path, model_type: str = "llama", positions: int = 25
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    config = AutoConfig.for_model(model_type, **settings)
+    config = AutoConfig.for_model(model_type, **settings | more)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def make_t5(folder: Path, model_type: str = "t5", **settings: object) -> Path:
+    """Save a random encoder-decoder of a real architecture, two layers a side."""
+    import torch
+    from transformers import AutoConfig, AutoModelForSeq2SeqLM
+
+    make_tokenizer(folder, ends=True)
+    sizes = {"vocab_size": 320, "d_model": 32}
+    if model_type in {"pegasus", "marian", "bart"}:
+        for side in ("encoder", "decoder"):
+            sizes |= {f"{side}_layers": 2, f"{side}_attention_heads": 4, f"{side}_ffn_dim": 64}
+    else:
+        layers = {"num_layers": 2, "num_decoder_layers": 2}
+        sizes |= {"d_kv": 8, "d_ff": 64, "num_heads": 4} | layers
+    tokens = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
+    config = AutoConfig.for_model(model_type, **sizes | tokens | settings)
+    torch.manual_seed(0)
+    AutoModelForSeq2SeqLM.from_config(config).save_pretrained(folder)
     return folder
 
 

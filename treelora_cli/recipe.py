@@ -201,6 +201,16 @@ class EvalSection(Section):
     before: bool = Field(True, description="score each task just before its training (for FWT)")
 
 
+class ProcessesSection(Section):
+    """How several processes train together; how many there are is said when they are started."""
+
+    engine: Literal["ddp", "zero1", "zero2"] = Field(
+        "ddp",
+        description="torch's DistributedDataParallel; or DeepSpeed's ZeRO 1 or 2, which share out "
+        "the optimizer's state (and gradients), for methods that need no gradients of a step",
+    )
+
+
 class Recipe(Section):
     """All settings of a run."""
 
@@ -215,6 +225,7 @@ class Recipe(Section):
     storage: StorageSection = StorageSection()
     route: RouteSection = RouteSection()
     eval: EvalSection = EvalSection()
+    processes: ProcessesSection = ProcessesSection()
     limit: Positive | None = Field(
         None, description="a quick look: so many train and evaluation rows a task"
     )
@@ -410,7 +421,7 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
     fingerprint elsewhere.
     """
     free = {"stream.tasks", "model.name", "data.path", "eval.batch_size", "eval.batch_tokens"}
-    free |= {"storage.form", "route.prompts", "route.threshold"}
+    free |= {"storage.form", "route.prompts", "route.threshold", "processes.engine"}
     left, right = _flat(old.to_dict()), _flat(new.to_dict())
     return [
         f"{key}: {left.get(key)!r} -> {right.get(key)!r}"

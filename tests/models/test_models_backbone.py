@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import make_t5
+from tokenizers import Tokenizer, processors
 
 from treelora_cli.errors import DataError, EnvironmentProblem
 from treelora_cli.models import backbone
+from treelora_cli.models.adapted import AdaptedModel
 from treelora_cli.models.backbone import choose_attention, choose_device, load_backbone
-from treelora_cli.recipe import ModelSection
+from treelora_cli.models.outline import outline
+from treelora_cli.recipe import LoraSection, ModelSection
 
 
 def load(folder: Path | str) -> backbone.Backbone:
@@ -62,11 +66,73 @@ def test_damaged_weights(copy: Path) -> None:
         load(copy)
 
 
-def test_encoder_decoder_is_refused(copy: Path) -> None:
-    document = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}
+def test_an_encoder_decoder_is_loaded_frozen(tiny_t5: Path) -> None:
+    loaded = load(tiny_t5)
+    assert loaded.encodes and loaded.positions is None
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+    assert type(loaded.model).__name__ == "T5ForConditionalGeneration"
+
+
+def both_ways(folder: Path) -> list[DataError]:
+    """Load a folder, and outline it for a dry run: what is refused here is refused there."""
+    raised = []
+    section = ModelSection(name=str(folder), device="cpu")
+    for attempt in (load_backbone, lambda section: outline(section, LoraSection())):
+        with pytest.raises(DataError) as found:
+            attempt(section)
+        raised.append(found.value)
+    return raised
+
+
+def test_encoder_decoders_that_do_not_answer_text_are_refused(copy: Path) -> None:
+    document = {"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"]}
     (copy / "config.json").write_text(json.dumps(document))
-    with pytest.raises(DataError, match="encoder-decoder"):
-        load(copy)
+    for error in both_ways(copy):
+        assert "encoder-decoder (whisper) that does not answer text" in error.message
+
+
+def test_experts_that_drop_tokens_are_refused(tmp_path: Path) -> None:
+    for error in both_ways(make_t5(tmp_path, "switch_transformers")):
+        assert "(switch_transformers) drops tokens" in error.message
+
+
+def test_an_encoder_decoder_without_a_decoder_start_is_refused(
+    tiny_t5: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_t5, tmp_path / "t5"))
+    config = json.loads((folder / "config.json").read_text())
+    del config["decoder_start_token_id"]
+    (folder / "config.json").write_text(json.dumps(config))
+    for error in both_ways(folder):
+        assert "which token its decoder begins with" in error.message
+        assert "decoder_start_token_id" in error.hint
+
+
+def test_encoder_decoders_that_begin_texts_otherwise_are_refused(tmp_path: Path) -> None:
+    """BART's tokenizer begins every text with a token that T5's has not, on both sides."""
+    folder = make_t5(tmp_path, "bart", bos_token_id=1)
+    file = folder / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    tokenizer.save(str(file))
+    for error in both_ways(folder):
+        assert "(bart) begins every text with '<s>'" in error.message
+        assert "\n" not in error.message
+
+
+@pytest.mark.parametrize("kind", ["t5", "mt5"])
+def test_an_outline_counts_what_loading_gives(tmp_path: Path, kind: str) -> None:
+    folder = make_t5(tmp_path, kind)
+    section, lora = ModelSection(name=str(folder), device="cpu"), LoraSection(rank=3)
+    sizes = outline(section, lora)
+    model = AdaptedModel(load_backbone(section), lora, 0)
+    assert sizes.encodes
+    assert sizes.trainable == model.trainable_count()
+    assert sizes.parameters == sum(
+        parameter.numel() for parameter in load_backbone(section).model.parameters()
+    )
 
 
 def test_remote_code_is_refused(copy: Path) -> None:

@@ -15,6 +15,7 @@ from treelora_cli.cli import builtin, tree
 from treelora_cli.cli.bench import bench
 from treelora_cli.cli.eval import evaluate
 from treelora_cli.cli.export import export
+from treelora_cli.cli.launch import hold_lifeline, rank
 from treelora_cli.cli.logs import set_up_logging
 from treelora_cli.cli.merge import merge
 from treelora_cli.cli.methods import methods
@@ -70,8 +71,14 @@ def common(
     debug: Annotated[
         bool, typer.Option("--debug", help="Show a traceback with every error.")
     ] = False,
+    local_rank: Annotated[
+        int | None, typer.Option("--local_rank", hidden=True, help="Given by DeepSpeed's launcher.")
+    ] = None,
 ) -> None:
     """Options that stand before the command."""
+    if local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    hold_lifeline()
     if debug:
         os.environ["TREELORA_DEBUG"] = "1"
     set_up_logging(debug=debug)
@@ -111,9 +118,13 @@ def main() -> NoReturn:
 def _explain(message: str, hint: str, code: int) -> None:
     if os.environ.get("TREELORA_DEBUG"):
         stderr().print_exception()
-    lines = f"error: {message}\n" + (f"hint: {hint}\n" if hint else "")
+    # The first of several processes speaks for all; another one says who it is.
+    who = f"process {rank()}: " if rank() else ""
+    if who and code > 128:
+        return
+    lines = f"{who}error: {message}\n" + (f"{who}hint: {hint}\n" if hint else "")
     sys.stderr.write(lines)
-    if "--json" in sys.argv[1:]:
+    if "--json" in sys.argv[1:] and not who:
         error = {"message": message, "hint": hint, "code": code}
         document = {"schema_version": SCHEMA_VERSION, "kind": "error", "error": error}
         sys.stdout.write(json.dumps(document, ensure_ascii=False) + "\n")

@@ -28,7 +28,7 @@ def print_plan(plan: Plan) -> None:
     out.print(f"{plan.method} on {plan.model}, {plan.device}, {plan.dtype}", markup=False)
     out.print(table)
     out.print(
-        f"{steps:,} optimizer steps, {plan.parameters:,} frozen and "
+        f"{steps:,} optimizer steps, a base of {plan.parameters:,} parameters, "
         f"{plan.trainable_parameters:,} trainable parameters"
     )
     out.print(

@@ -32,8 +32,9 @@ def export(
 
     Each folder loads with [bold]peft.PeftModel.from_pretrained(base, OUT/TASK)[/bold], with no
     treelora installed, and holds the same bytes whether the run stores it whole or as a
-    difference. A merged adapter is written for each task that it answers for. Nothing is
-    overwritten; the run is only read.
+    difference. A merged adapter is written for each task that it answers for. Where a method
+    trains more than LoRA, the folder also has weights.safetensors. Nothing is overwritten; the run
+    is only read.
 
     [bold]treelora export run --task FOMC --out adapters[/bold]
     """

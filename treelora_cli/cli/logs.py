@@ -6,6 +6,8 @@ import logging
 import os
 import sys
 
+from treelora_cli.cli.launch import rank
+
 
 def set_up_logging(*, debug: bool) -> None:
     """Send logs to stderr: notes and warnings of our own, errors alone of other libraries.
@@ -25,7 +27,9 @@ def set_up_logging(*, debug: bool) -> None:
         handler.addFilter(ours_or_errors)
         handler.addFilter(NotesOnce())
     logging.basicConfig(level=logging.DEBUG if debug else logging.ERROR, handlers=[handler])
-    logging.getLogger("treelora").setLevel(logging.DEBUG if debug else logging.INFO)
+    # Of several processes the first speaks for all.
+    level = logging.ERROR if rank() else logging.INFO
+    logging.getLogger("treelora").setLevel(logging.DEBUG if debug else level)
 
 
 def ours_or_errors(record: logging.LogRecord) -> bool:

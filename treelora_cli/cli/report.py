@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +14,7 @@ from treelora_cli.cli import output
 from treelora_cli.errors import RunDirError, UsageError
 
 if TYPE_CHECKING:
+    from treelora_cli.report.measure import Progress
     from treelora_cli.report.model import RunReport
 
 
@@ -37,6 +41,24 @@ def report(
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
+    evidence: Annotated[
+        bool,
+        typer.Option(
+            "--evidence",
+            help="Compare what each task added to the weights: collision, orthogonality and "
+            "nuclear norm (N-LoRA). Reads every adapter: seconds, for large models minutes.",
+        ),
+    ] = False,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            "--evidence-threshold",
+            metavar="X",
+            help="--evidence where an entry counts as changed above X of the root mean square of "
+            "its task's change (0.1; those below hold less than X² of the squared norm; 0 counts "
+            "all that are not exactly 0).",
+        ),
+    ] = None,
 ) -> None:
     """Show OP, BWT, FWT, forgetting and every score of a run, while it trains or afterwards.
 
@@ -50,8 +72,9 @@ def report(
     after_index 0 is zero shot; text that a spreadsheet would run as a formula
     starts with a quote. R of one run: read_csv("r.csv").query("kind == 'score'")
     .pivot(index="after_index", columns="task", values="score").
+    With --evidence also evidence (of a task) and evidence_pair (task and other).
 
-    LaTeX is two tables for an article with the package booktabs; bold is best.
+    LaTeX is tables for an article with the package booktabs; bold is best.
 
     [bold]treelora report run-tree run-seq --out compare.html[/bold]
 
@@ -64,8 +87,11 @@ def report(
     if as_json and format_ not in (None, "json"):
         raise UsageError(f"--json and --format {format_} ask for two formats", "give one of them")
     chosen = choose("json" if as_json else format_, out)
+    _check(threshold)
     selection = select(runs)
     reports = [collect(run) for run in selection.runs]
+    if evidence or threshold is not None:
+        reports = _with_evidence(selection.runs, reports, threshold)
     if out is None:
         _print(chosen, reports, selection.from_folder)
         return
@@ -77,6 +103,51 @@ def report(
     output.stderr().print(
         f"wrote {out} ({chosen}, {len(reports)} {plural})", markup=False, soft_wrap=True
     )
+
+
+def _check(threshold: float | None) -> None:
+    """Refuse a threshold under which nothing could be counted; true of nan too."""
+    if threshold is not None and not 0 <= threshold < float("inf"):
+        raise UsageError(
+            f"--evidence-threshold {threshold:g} is no threshold",
+            "give 0 or a positive number, such as 0.1",
+        )
+
+
+def _with_evidence(
+    runs: Sequence[Path], reports: Sequence[RunReport], threshold: float | None
+) -> list[RunReport]:
+    """Compare the tasks' parts in every run, showing on stderr how far it is."""
+    from treelora_cli.report.measure import measure
+
+    measured = []
+    for run, report in zip(runs, reports, strict=True):
+        with _progress(report.path) as progress:
+            measured.append(replace(report, evidence=measure(run, threshold, progress)))
+    return measured
+
+
+@contextmanager
+def _progress(run: str) -> Iterator[Progress]:
+    """Show a bar on a terminal, and elsewhere a line when a part of the work is done."""
+    import rich.progress
+
+    console = output.stderr()
+    if not console.is_terminal:
+
+        def say(what: str, done: int, of: int) -> None:
+            if done == of:
+                console.print(f"{run}: {of} {what}", markup=False)
+
+        yield say
+        return
+    with rich.progress.Progress(console=console, transient=True) as bars:
+        bar = bars.add_task("")
+
+        def move(what: str, done: int, of: int) -> None:
+            bars.update(bar, description=what, completed=done, total=of)
+
+        yield move
 
 
 def _print(chosen: str, reports: list[RunReport], listed: bool) -> None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from treelora_cli.cli.launch import launch, launched, rank
 from treelora_cli.cli.names import arriving, names_from, split_names
 from treelora_cli.cli.output import print_json_line, write_out
 from treelora_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from treelora_cli.engine.world import World
 
 
 def train_stream(
@@ -73,6 +77,15 @@ def train_stream(
     seeds: Annotated[
         str | None, typer.Option(help="Sweep over these seeds, e.g. 1,2,3.", show_default=False)
     ] = None,
+    nproc: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Processes on this machine that train together, one for each GPU; for several "
+            "machines start with torchrun or deepspeed.",
+            show_default=False,
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would run, check everything, and stop.")
     ] = False,
@@ -100,17 +113,32 @@ def train_stream(
         "limit": limit,
     }
     asked = Asked(recipe, settings or [], _given(flags), tasks == "-", dry_run, as_json)
-    if asked.arriving and (methods or seeds or dry_run):
+    several = launched() or (nproc or 1) > 1
+    if asked.arriving and (methods or seeds or dry_run or several):
         raise UsageError(
-            "--tasks - cannot be combined with --methods, --seeds or --dry-run",
+            "--tasks - cannot be combined with --methods, --seeds, --dry-run or several processes",
             "name the tasks, or put them into a file: --tasks @FILE",
         )
-    if methods is not None or seeds is not None:
-        _sweep(asked, run_dir, methods, seeds)
+    if several and not (launched() or dry_run):
+        raise typer.Exit(launch(nproc or 1))
+    if dry_run:
+        _all(asked, run_dir, methods, seeds, None)
     else:
-        _run(asked, run_dir, {})
-    if not (as_json or dry_run):
+        from treelora_cli.engine.world import joined
+
+        with joined(nproc) as world:
+            _all(asked, run_dir, methods, seeds, world)
+    if not (as_json or dry_run) and rank() == 0:
         write_out(str(run_dir))
+
+
+def _all(
+    asked: Asked, run_dir: Path, methods: str | None, seeds: str | None, world: World | None
+) -> None:
+    if methods is not None or seeds is not None:
+        _sweep(asked, run_dir, methods, seeds, world)
+    else:
+        _run(asked, run_dir, {}, world)
 
 
 @dataclass(frozen=True)
@@ -125,20 +153,21 @@ class Asked:
     as_json: bool
 
 
-def _run(asked: Asked, path: Path, more: dict[str, Any]) -> None:
+def _run(asked: Asked, path: Path, more: dict[str, Any], world: World | None) -> None:
     """Train one run, or show what it would do.
 
     Args:
         asked: what the user asked for.
         path: the run directory.
         more: flags that hold for this run alone.
+        world: the processes that train; None: nothing is trained.
     """
     from treelora_cli.engine.plan import resolve_recipe
     from treelora_cli.recipe import merge
 
     flags = merge(deepcopy(asked.flags), more)
     resolved = resolve_recipe(path, asked.recipe, asked.settings, flags, arriving=asked.arriving)
-    if asked.dry_run:
+    if world is None:
         from treelora_cli.cli.dryrun import print_plan
         from treelora_cli.engine.dryrun import plan_stream
 
@@ -152,10 +181,12 @@ def _run(asked: Asked, path: Path, more: dict[str, Any]) -> None:
     from treelora_cli.engine.stream import run_stream
 
     with viewer(asked.as_json) as show:
-        run_stream(resolved, path, show, arriving if asked.arriving else None)
+        run_stream(resolved, path, show, arriving if asked.arriving else None, world)
 
 
-def _sweep(asked: Asked, parent: Path, methods: str | None, seeds: str | None) -> None:
+def _sweep(
+    asked: Asked, parent: Path, methods: str | None, seeds: str | None, world: World | None
+) -> None:
     """One run per method and seed; runs that are finished are passed over."""
     from treelora_cli.engine.sweep import note_sweep, plan_sweep
 
@@ -164,11 +195,11 @@ def _sweep(asked: Asked, parent: Path, methods: str | None, seeds: str | None) -
     names = [method] if methods is None else split_names(methods)
     numbers = [seed] if seeds is None else [_seed(text) for text in split_names(seeds)]
     runs = plan_sweep(parent, names, numbers)
-    if not asked.dry_run:
+    if world is not None and world.first:
         note_sweep(parent, runs)
     for run in runs:
         more = {"method": {"name": run.method}, "stream": {"seed": run.seed}}
-        _run(asked, run.path, more)
+        _run(asked, run.path, more, world)
 
 
 def _seed(text: str) -> int:

@@ -74,7 +74,7 @@ def show(
     from treelora_cli.rundir.layout import RunDir
 
     opened = RunDir.open(run)
-    if features:
+    if features or (diff is None and _has_features_alone(opened)):
         _show_features(opened, at, chosen)
     elif diff is not None:
         _show_diff(opened, diff, chosen)
@@ -98,6 +98,11 @@ def _format(wanted: str | None, as_json: bool, known: tuple[str, ...]) -> str:
             f"--diff cannot be shown as {chosen}", f"--format {' or '.join(known)}; --at draws one"
         )
     return chosen
+
+
+def _has_features_alone(run: RunDir) -> bool:
+    """Tell whether a run sends prompts to tasks, which takes a tree, and makes no other one."""
+    return run.info.extra.get("mode") == "route" and not run.tree_json.exists()
 
 
 def _show(run: RunDir, document: dict[str, Any], chosen: str) -> None:

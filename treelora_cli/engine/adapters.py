@@ -4,7 +4,8 @@
 - delta: ``delta.safetensors`` and ``adapter_config.json``: which entries differ from the mean
   adapter of earlier tasks, and their values (``models.difference``); the reference's indices and
   hash are in task.json;
-- merged: nothing in the task's folder; one adapter answers for several tasks (``rundir.merged``).
+- merged: nothing in the task's folder; one adapter answers for several tasks (``rundir.merged``);
+- weights: no adapter, where there is no LoRA in what was trained.
 
 Whichever it is, :func:`load_adapter` returns the same tensors, bit for bit for the first two. What
 answers beside LoRA (base weights, a method's own parameters) is in ``weights.safetensors`` and is
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 
-from treelora_cli.errors import RunDirError
+from treelora_cli.errors import RunDirError, UsageError
 from treelora_cli.models.adapted import AdaptedModel
 from treelora_cli.models.difference import decode, encode
 from treelora_cli.models.snapshot import Snapshot, is_more, lora_of, mean_snapshot
@@ -114,6 +115,8 @@ def store_adapter(
         save_tensors(folder / WEIGHTS_FILE, more)
         _check_same(folder / WEIGHTS_FILE, load_tensors(folder / WEIGHTS_FILE), more)
         reference = None
+    if not snapshot:
+        return {"form": "weights"}
     write_adapter(folder / ADAPTER, config, snapshot)
     dense_bytes = (folder / ADAPTER / ADAPTER_FILE).stat().st_size
     if reference is None:
@@ -204,6 +207,7 @@ def load_config(run: RunDir, index: int, name: str) -> dict[str, Any]:
 
     Raises:
         RunDirError: it is missing or damaged.
+        UsageError: the task has no adapter, since whole weights alone were trained.
     """
     folder = run.task_dir(index, name)
     for group in read_merged(run):
@@ -212,6 +216,11 @@ def load_config(run: RunDir, index: int, name: str) -> dict[str, Any]:
     for place in (folder / ADAPTER / CONFIG_FILE, folder / CONFIG_FILE):
         if place.exists():
             return read_json(place)
+    if storage_of(run, index, name).get("form") == "weights":
+        raise UsageError(
+            f"task {name} has no adapter: its method trains weights of the base itself",
+            f"they are in {folder / WEIGHTS_FILE}, under their names in the base",
+        )
     raise RunDirError(f"{folder} holds no {CONFIG_FILE}", _PUT_BACK)
 
 
@@ -265,9 +274,13 @@ def recommit(
 
 
 def _read_whole(folder: Path) -> Snapshot:
-    found = load_tensors(folder / ADAPTER / ADAPTER_FILE)
-    more = folder / WEIGHTS_FILE
-    return found | load_tensors(more) if more.exists() else found
+    """Read a task's tensors; that no file is missing has been checked with its manifest."""
+    files = [folder / ADAPTER / ADAPTER_FILE, folder / WEIGHTS_FILE]
+    found: Snapshot = {}
+    for file in files:
+        if file.exists():
+            found |= load_tensors(file)
+    return found
 
 
 class _Reader:

@@ -61,6 +61,21 @@ class BatchPlan(RowPlan):
         return self._order[1][start : start + self.batch_size]
 
 
+class NoPlan(RowPlan):
+    """No step at all, for what learns nothing."""
+
+    steps = 0
+    steps_per_epoch = 1
+
+    def rows(self, step: int) -> list[int]:
+        """Return no rows."""
+        return []
+
+    def epoch_of(self, step: int) -> int:
+        """Return 0."""
+        return 0
+
+
 class ThenPlan(RowPlan):
     """One plan after another, over rows that stand behind one another.
 

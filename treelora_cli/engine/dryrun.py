@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from treelora_cli.engine.forwards import pass_tokens
 from treelora_cli.engine.opening import load_stream_tasks
-from treelora_cli.methods.base import build_method
+from treelora_cli.methods.base import Method, build_method
 from treelora_cli.models.backbone import choose_device
 from treelora_cli.models.encode import Encoder, encoder_for
 from treelora_cli.models.outline import Outline, outline
 from treelora_cli.recipe import Recipe
+from treelora_cli.rundir.checkpoints import KEEP
 from treelora_cli.rundir.layout import RunDir
 from treelora_cli.tasks.types import Task
-
-# A checkpoint holds the adapter and two Adam moments; the two newest are kept.
-CHECKPOINT_ADAPTERS = 2 * 3
 
 
 @dataclass(frozen=True)
@@ -30,8 +29,8 @@ class PlannedTask:
         status: ``finished`` tasks are skipped.
         rows: training rows.
         test_rows: rows of the test split.
-        epochs: passes over the rows.
-        steps: optimizer steps.
+        epochs: passes over the rows; 0 where the method trains nothing.
+        steps: optimizer steps, those on rows of earlier tasks counted.
         tokens: tokens of one pass, as cut.
         longest: tokens of the longest training row, as cut.
         cut: rows whose prompt or answer would be cut.
@@ -82,11 +81,13 @@ def plan_stream(recipe: Recipe, path: Path) -> Plan:
     """
     method = build_method(recipe)
     tasks = load_stream_tasks(recipe, recipe.stream.tasks)
-    sizes = outline(recipe.model, recipe.lora)
-    encoder = encoder_for(sizes.tokenizer, recipe.data, sizes.positions)
+    sizes = outline(recipe.model, recipe.lora, method.learns)
+    encoder = encoder_for(sizes.tokenizer, recipe.data, sizes.positions, encodes=sizes.encodes)
     status = _status(path)
-    planned = tuple(_planned(task, recipe, encoder, status.get(task.name, "new")) for task in tasks)
-    left = [task for task in planned if task.status != "finished"]
+    planned = tuple(
+        _planned(task, encoder, status.get(task.name, "new"), work)
+        for task, work in zip(tasks, _work(method, recipe, tasks), strict=True)
+    )
     return Plan(
         method=method.name,
         model=recipe.model.name or "built-in base (synthetic)",
@@ -95,7 +96,7 @@ def plan_stream(recipe: Recipe, path: Path) -> Plan:
         parameters=sizes.parameters,
         trainable_parameters=sizes.trainable,
         memory_bytes=_memory(sizes, recipe, planned),
-        disk_bytes=sizes.adapter_bytes * (len(left) + CHECKPOINT_ADAPTERS),
+        disk_bytes=_disk(sizes, method, planned),
         disk_free_bytes=shutil.disk_usage(_existing(path)).free,
         tasks=planned,
     )
@@ -114,22 +115,46 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _planned(task: Task, recipe: Recipe, encoder: Encoder, status: str) -> PlannedTask:
+def _work(method: Method, recipe: Recipe, tasks: Sequence[Task]) -> list[tuple[int, int]]:
+    """Return the epochs and optimizer steps of every task."""
+    if not method.trains:
+        return [(0, 0) for _ in tasks]
+    size = recipe.optim.batch_size
+    rows = [len(task.splits["train"]) for task in tasks]
+    found = []
+    for number, task in enumerate(tasks):
+        epochs = recipe.epochs_of(task.name)
+        rehearsed = method.rehearsal_size(rows[:number])
+        found.append((epochs, epochs * -(-rows[number] // size) + -(-rehearsed // size)))
+    return found
+
+
+def _planned(task: Task, encoder: Encoder, status: str, work: tuple[int, int]) -> PlannedTask:
     rows = task.splits["train"]
     examples = [encoder.example(row.prompt, row.answer, task.separator) for row in rows]
-    epochs = recipe.epochs_of(task.name)
     return PlannedTask(
         name=task.name,
         status=status,
         rows=len(rows),
         test_rows=len(task.splits["test"]),
-        epochs=epochs,
-        steps=epochs * -(-len(rows) // recipe.optim.batch_size),
+        epochs=work[0],
+        steps=work[1],
         tokens=sum(len(example.tokens) for example in examples),
         longest=max(len(example.tokens) for example in examples),
         cut=sum(example.truncated for example in examples),
         metric=task.metric,
     )
+
+
+def _disk(sizes: Outline, method: Method, tasks: Sequence[PlannedTask]) -> int:
+    """What the tasks still to come leave, and the newest checkpoints.
+
+    Rows and statistics that a method keeps are left out. A sum's rank grows with every task.
+    """
+    left = [number for number, task in enumerate(tasks) if task.status != "finished"]
+    times = [number + 1 if method.answer == "sum" else 1 for number in left]
+    checkpoints = KEEP * sizes.checkpoint_bytes if any(task.steps for task in tasks) else 0
+    return sizes.stored_bytes * sum(times) + checkpoints
 
 
 def _memory(sizes: Outline, recipe: Recipe, tasks: tuple[PlannedTask, ...]) -> int:

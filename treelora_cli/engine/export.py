@@ -1,7 +1,12 @@
-"""Write finished tasks' adapters as plain PEFT folders, in whatever form the run keeps them."""
+"""Write finished tasks' adapters as plain PEFT folders, in whatever form the run keeps them.
+
+Where more than LoRA was trained, the folder also has ``weights.safetensors``: base weights under
+their names in the base after ``weights.``, a method's own parameters after ``part.``.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Sequence
@@ -9,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from treelora_cli.engine.adapters import (
+    WEIGHTS_FILE,
     Place,
     load_adapter,
     load_config,
@@ -17,11 +23,14 @@ from treelora_cli.engine.adapters import (
 )
 from treelora_cli.engine.plan import pick
 from treelora_cli.errors import RunDirError, UsageError
-from treelora_cli.models.snapshot import lora_of
+from treelora_cli.models.snapshot import is_more, lora_of
 from treelora_cli.rundir.files import ensure_dir, sibling
 from treelora_cli.rundir.layout import RunDir
 from treelora_cli.rundir.merged import read_merged
 from treelora_cli.rundir.storage import storage_errors
+from treelora_cli.rundir.tensors import save_tensors
+
+logger = logging.getLogger("treelora")
 
 
 @dataclass(frozen=True)
@@ -32,11 +41,13 @@ class Exported:
         task: whose adapter it is.
         path: the folder.
         members: the tasks that the adapter answers for; more than this one if it was merged.
+        more: tensors beside it that answer with it.
     """
 
     task: str
     path: Path
     members: tuple[str, ...]
+    more: int = 0
 
 
 def export_adapters(path: Path, names: Sequence[str] | None, out: Path) -> list[Exported]:
@@ -63,7 +74,15 @@ def export_adapters(path: Path, names: Sequence[str] | None, out: Path) -> list[
     places = [place for place in trained if place[1] in chosen]
     _check_free(run, out, chosen)
     ensure_dir(out)
-    return [_export(run, place, out / place[1]) for place in places]
+    written = [_export(run, place, out / place[1]) for place in places]
+    if any(one.more for one in written):
+        logger.warning(
+            "%s does not answer by LoRA alone: what else was trained is in %s beside the adapter",
+            run.info.method, WEIGHTS_FILE,
+        )  # fmt: skip
+    elif run.info.extra.get("answer") == "more":
+        logger.warning("%s does more to answer than the adapter does alone", run.info.method)
+    return written
 
 
 def _check_free(run: RunDir, out: Path, names: Sequence[str]) -> None:
@@ -80,11 +99,14 @@ def _check_free(run: RunDir, out: Path, names: Sequence[str]) -> None:
 def _export(run: RunDir, place: Place, target: Path) -> Exported:
     """Write one folder under a temporary name first, so that no half of one is ever there."""
     index, name = place
-    snapshot = lora_of(load_adapter(run, index, name))
+    whole = load_adapter(run, index, name)
+    more = {key: value for key, value in whole.items() if is_more(key)}
     temporary = sibling(target, "tmp")
     try:
         with storage_errors(target):
-            write_adapter(temporary, load_config(run, index, name), snapshot)
+            write_adapter(temporary, load_config(run, index, name), lora_of(whole))
+            if more:
+                save_tensors(temporary / WEIGHTS_FILE, more)
             temporary.rename(target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -93,4 +115,4 @@ def _export(run: RunDir, place: Place, target: Path) -> Exported:
     members = next(
         (group.members for group in read_merged(run) if index in group.members), (index,)
     )
-    return Exported(name, target, tuple(names[member] for member in members))
+    return Exported(name, target, tuple(names[member] for member in members), len(more))

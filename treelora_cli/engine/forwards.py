@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from treelora_cli.engine.batches import RowPlan
 from treelora_cli.models.encode import Batch, Example, collate, pack
-from treelora_cli.models.grouping import group_by_length
+from treelora_cli.models.grouping import group_by_length, group_by_sides
 from treelora_cli.recipe import OptimSection
 
 # Beyond so many tokens a pass is no faster; on a CPU it is slower, for its activations leave the
@@ -76,6 +76,13 @@ class Forwards:
         return max(passes)
 
     def _groups(self, rows: Sequence[Example]) -> list[list[int]]:
-        lengths = [len(row.tokens) for row in rows]
         optim = self._optim
+        if rows[0].apart:
+            sides = [row.sides for row in rows]
+            return group_by_sides(sides, optim.micro_batch_size, self._tokens)
+        lengths = [len(row.tokens) for row in rows]
         return group_by_length(lengths, optim.micro_batch_size, self._tokens, packed=optim.packing)
+
+    def passes(self, rows: Sequence[Example]) -> int:
+        """Return how many forward passes rows take."""
+        return len(self._groups(rows))

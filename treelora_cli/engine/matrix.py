@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 from treelora_cli.engine.adapters import Place, since
 from treelora_cli.engine.evaluation import BASE, Asked, Evaluator, say_open_tasks
+from treelora_cli.engine.routed_stream import RoutedStream
 from treelora_cli.engine.store import load_adapter, snapshot_hash
 from treelora_cli.engine.units import Unit
 from treelora_cli.methods.base import Mode
@@ -36,16 +37,23 @@ class Matrix:
         if self.plan.when == "none":
             return
         say_open_tasks(self.plan.scoring, unit.tasks)
-        before = self.plan.before and self.plan.when == "all" and self.mode == "latest"
-        for task in unit.tasks:
-            if self.plan.zero_shot:
-                base = self.evaluator.run.info.base_fingerprint
+        if self.plan.zero_shot:
+            base = self.evaluator.run.info.base_fingerprint
+            for task in unit.tasks:
                 self.evaluator.cell(Asked(None, task, BASE, base, split=self.plan.split))
-            if before and unit.previous is not None:
-                after, answering = unit.previous[1], self._hash(unit.previous)
-                self.evaluator.cell(
-                    Asked(after, task, "latest", answering, unit.previous, self.plan.split)
-                )
+        if self.plan.before and self.plan.when == "all" and unit.previous is not None:
+            self._before(unit, unit.previous)
+
+    def _before(self, unit: Unit, previous: Place) -> None:
+        """Score a unit by what is learned already, unless its own adapter answers for it."""
+        if self.mode == "route":
+            self._routed.score(self.tasks[: previous[0] + 1], unit.tasks)
+        elif self.mode == "latest":
+            answering = self._hash(previous)
+            self.evaluator.cells(
+                Asked(previous[1], task, "latest", answering, previous, self.plan.split)
+                for task in unit.tasks
+            )
 
     def after(self, unit: Unit) -> None:
         """The row after a unit: all tasks so far, or the task's own cell."""
@@ -57,13 +65,20 @@ class Matrix:
             due = everything if when == "last" else filter(partial(self._new, unit), everything)
             self.evaluator.cells(map(self._own, due))
             return
-        answering, split = self._hash(unit.place), self.plan.split
         learned = self.tasks[: unit.index + 1]
         at_end = unit.index == len(self.tasks) - 1
+        asked = unit.tasks if when == "ends" and not at_end else learned
+        if self.mode == "route":
+            self._routed.score(learned, asked)
+            return
+        answering, split = self._hash(unit.place), self.plan.split
         self.evaluator.cells(
-            Asked(unit.task.name, task, "latest", answering, unit.place, split)
-            for task in (unit.tasks if when == "ends" and not at_end else learned)
+            Asked(unit.task.name, task, "latest", answering, unit.place, split) for task in asked
         )
+
+    @cached_property
+    def _routed(self) -> RoutedStream:
+        return RoutedStream(self.evaluator, self.plan.split)
 
     def _own(self, index: int) -> Asked:
         """One cell holds for all later tasks, until the adapter is merged with another."""

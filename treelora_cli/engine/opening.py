@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from treelora_cli.engine.drive import check_drive
 from treelora_cli.engine.environment import versions
 from treelora_cli.engine.merging import tidy
 from treelora_cli.engine.plan import check_tasks
+from treelora_cli.engine.world import ALONE, World
 from treelora_cli.errors import DataError, UsageError
 from treelora_cli.methods.base import Method, StreamContext, build_method
 from treelora_cli.models.adapted import AdaptedModel
@@ -31,14 +33,19 @@ ROW_SEED = 0
 
 @dataclass(frozen=True)
 class Opened:
-    """Everything a stream needs, with the lock held; the method has met the model."""
+    """Everything a stream needs; the method has met the model.
 
-    lock: RunLock
+    Attributes:
+        lock: held; None in processes other than the first, which write nothing.
+    """
+
+    lock: RunLock | None
     run: RunDir
     recipe: Recipe
     tasks: list[Task]
     adapted: AdaptedModel
     method: Method
+    world: World = ALONE
 
 
 def load_stream_tasks(recipe: Recipe, names: Sequence[str]) -> list[Task]:
@@ -59,7 +66,7 @@ def _least(*limits: int | None) -> int | None:
 
 
 @contextmanager
-def open_for_training(recipe: Recipe, path: Path) -> Iterator[Opened]:
+def open_for_training(recipe: Recipe, path: Path, world: World = ALONE) -> Iterator[Opened]:
     """Load data, model and method, then open or create the run directory and lock it.
 
     A new run directory is made only when everything it needs has been loaded.
@@ -67,26 +74,37 @@ def open_for_training(recipe: Recipe, path: Path) -> Iterator[Opened]:
     Args:
         recipe: resolved; names all tasks of the run, old and new.
         path: the run directory.
+        world: the processes that open it together; the first creates and locks it.
 
     Raises:
         TreeloraError: of the kind and exit code that fits what is wrong.
     """
     method = build_method(recipe)
+    check_drive(recipe.processes.engine, method, world)
     exists = (path / "run.json").exists()
+    if not world.first:
+        tasks = load_stream_tasks(recipe, recipe.stream.tasks)
+        adapted = _load_model(recipe, method)
+        world.wait()
+        yield Opened(None, RunDir.open(path), recipe, tasks, adapted, method, world)
+        return
     if exists:
         RunDir.open(path)
         with RunLock(path) as lock:
-            yield _load(lock, recipe, path, method)
+            opened = _load(lock, recipe, path, method, world)
+            world.wait()
+            yield opened
         return
     tasks = load_stream_tasks(recipe, recipe.stream.tasks)
     adapted = _load_model(recipe, method)
     with RunLock(path, create=True) as lock:
         run = RunDir.create(path, _new_info(recipe, method, adapted.backbone), recipe.to_yaml())
         _add_tasks(run, tasks)
-        yield Opened(lock, run, recipe, tasks, adapted, method)
+        world.wait()
+        yield Opened(lock, run, recipe, tasks, adapted, method, world)
 
 
-def _load(lock: RunLock, recipe: Recipe, path: Path, method: Method) -> Opened:
+def _load(lock: RunLock, recipe: Recipe, path: Path, method: Method, world: World) -> Opened:
     run = RunDir.open(path)
     run.sweep()
     tidy(run)
@@ -96,7 +114,7 @@ def _load(lock: RunLock, recipe: Recipe, path: Path, method: Method) -> Opened:
     check_base(run, adapted.backbone)
     write_file(run.recipe_yaml, recipe.to_yaml())
     _add_tasks(run, tasks)
-    return Opened(lock, run, recipe, tasks, adapted, method)
+    return Opened(lock, run, recipe, tasks, adapted, method, world)
 
 
 def append_task(run: RunDir, recipe: Recipe, name: str) -> tuple[Recipe, Task]:
@@ -150,7 +168,7 @@ def start_method(method: Method, recipe: Recipe, adapted: AdaptedModel) -> None:
             f"storage.max_adapters merges adapters of one rank; {method.name} answers with {grows}",
             "leave storage.max_adapters out",
         )
-    stream = StreamContext(recipe.stream.seed, recipe.bandit, recipe.tree, recipe.lora)
+    stream = StreamContext(recipe.stream.seed, recipe.bandit, recipe.tree, recipe.lora, recipe.data)
     method.start(stream, adapted)
 
 

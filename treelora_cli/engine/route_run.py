@@ -25,10 +25,10 @@ from treelora_cli.engine.evaluate_run import (
     recipe_for,
     trained_tasks,
 )
-from treelora_cli.engine.evaluation import BASE, Asked, Evaluator
+from treelora_cli.engine.evaluation import BASE, Evaluator
 from treelora_cli.engine.opening import load_stream_tasks
 from treelora_cli.engine.plan import pick
-from treelora_cli.engine.routed import RoutedCell, RoutedEvaluator, Shelf
+from treelora_cli.engine.routed import RoutedEvaluator, Shelf, routed_cell
 from treelora_cli.engine.routes import (
     Eye,
     Sent,
@@ -214,7 +214,6 @@ class _Routing:
         self._tasks = tasks
         self._split = split
         self._shelf = Shelf(evaluator.run, places)
-        self._base = evaluator.run.info.base_fingerprint
 
     def run(self, history: bool) -> RouteResult:
         """Route and answer."""
@@ -224,31 +223,14 @@ class _Routing:
         sent = {(i, name): one for i, name, one in self._traffic.send(features, moments)}
         wanted = [(i, task) for task in self._tasks for i in moments if (i, task.name) in sent]
         cells = RoutedEvaluator(self._evaluator, self._shelf, self._split).cells(
-            [self._cell(i, task, sent[i, task.name]) for i, task in wanted]
+            [
+                routed_cell(self._traffic, self._shelf, i, task, sent[i, task.name], self._split)
+                for i, task in wanted
+            ]
         )
         order = sorted(range(len(wanted)), key=lambda number: wanted[number][0])
         last = {task.name: sent[now, task.name] for task in self._tasks}
         return RouteResult([cells[number] for number in order], self._facts(features, last))
-
-    def _cell(self, learned: int, task: Task, sent: Sent) -> RoutedCell:
-        identities, place = self._shelf.identities, self._places[learned - 1]
-        asked = Asked(
-            place[1],
-            task,
-            self._traffic.adapter,
-            self._traffic.identity(learned, identities),
-            place,
-            self._split,
-        )
-        indices = sent.indices.tolist()
-        # An index of -1 is the base.
-        answering = [*identities, self._base]
-        called = [*self._traffic.names, BASE]
-        notes = [
-            {"routed": called[index], "confidence": round(confidence, 6)}
-            for index, confidence in zip(indices, sent.confidence.tolist(), strict=True)
-        ]
-        return RoutedCell(asked, [answering[index] for index in indices], notes)
 
     def _facts(self, features: dict[str, Tensor], sent: dict[str, Sent]) -> dict[str, Any]:
         names, cost = self._traffic.names, self._traffic.cost

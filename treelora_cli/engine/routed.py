@@ -7,12 +7,14 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeVar
 
 from treelora_cli.engine.adapters import Place, load_adapters
-from treelora_cli.engine.evaluation import ROUND_BATCHES, Asked, Evaluator, Notes, Way
+from treelora_cli.engine.evaluation import BASE, ROUND_BATCHES, Asked, Evaluator, Notes, Way
+from treelora_cli.engine.routes import Sent, Traffic
 from treelora_cli.engine.store import snapshot_hash
 from treelora_cli.models.adapted import MOST_BESIDE
 from treelora_cli.models.snapshot import Snapshot
 from treelora_cli.rundir.layout import RunDir
 from treelora_cli.rundir.scores import Cell
+from treelora_cli.tasks.types import Task
 
 T = TypeVar("T")
 
@@ -27,7 +29,9 @@ class Shelf:
         places: index and name of the tasks.
 
     Attributes:
+        places: as given.
         identities: of each task's adapter, in the order of ``places``.
+        base: the identity of the base.
 
     Raises:
         RunDirError: a file is missing or not as it was written.
@@ -36,6 +40,8 @@ class Shelf:
     def __init__(self, run: RunDir, places: Sequence[Place]) -> None:
         self._run = run
         self._at: dict[str, Place] = {}
+        self.places = list(places)
+        self.base = run.info.base_fingerprint
         self.identities: list[str] = []
         for some in _few(places):
             for place, snapshot in zip(some, load_adapters(run, some), strict=True):
@@ -60,6 +66,33 @@ class RoutedCell:
     asked: Asked
     adapters: Sequence[str]
     notes: Notes
+
+
+def routed_cell(
+    traffic: Traffic, shelf: Shelf, learned: int, task: Task, sent: Sent, split: str
+) -> RoutedCell:
+    """Return the cell of a task whose rows were routed among the first tasks.
+
+    Args:
+        traffic: routed them.
+        shelf: the adapters of all tasks that it knows.
+        learned: how many tasks they were routed among.
+        task: whose rows.
+        sent: where they go.
+        split: which rows.
+    """
+    place = shelf.places[learned - 1]
+    identity = traffic.identity(learned, shelf.identities)
+    asked = Asked(place[1], task, traffic.adapter, identity, place, split)
+    indices = sent.indices.tolist()
+    # An index of -1 is the base.
+    answering = [*shelf.identities, shelf.base]
+    called = [*traffic.names, BASE]
+    notes = [
+        {"routed": called[index], "confidence": round(confidence, 6)}
+        for index, confidence in zip(indices, sent.confidence.tolist(), strict=True)
+    ]
+    return RoutedCell(asked, [answering[index] for index in indices], notes)
 
 
 class Row(NamedTuple):
@@ -93,7 +126,6 @@ class RoutedEvaluator:
         self._evaluator = evaluator
         self._shelf = shelf
         self._split = split
-        self._base = evaluator.run.info.base_fingerprint
         self._said: dict[Row, str] = {}
         self._looked_up: set[tuple[str, str]] = set()
 
@@ -121,6 +153,14 @@ class RoutedEvaluator:
         for way, waiting in rounds.items():
             found |= self._finish(way, waiting)
         return [found[number] for number in range(len(asked))]
+
+    def remember(self, one: RoutedCell) -> None:
+        """Take over the answers of a cell, if it is stored."""
+        way = self._evaluator.way(one.asked.task)
+        wanted = self._evaluator.unmeasured(one.asked, way.decoding)
+        said = self._evaluator.stored_answers(wanted) or ()
+        for number, (adapter, text) in enumerate(zip(one.adapters, said, strict=False)):
+            self._said[Row(adapter, wanted.task, number)] = text
 
     def _unanswered(self, one: RoutedCell, wanted: Cell) -> dict[Row, str]:
         prompts = one.asked.prompts
@@ -151,7 +191,7 @@ class RoutedEvaluator:
         adapters = list(dict.fromkeys(row.adapter for row in questions))
         for some in _few(adapters):
             rows = [row for row in questions if row.adapter in some]
-            loaded = [adapter for adapter in some if adapter != self._base]
+            loaded = [adapter for adapter in some if adapter != self._shelf.base]
             with self._evaluator.adapted.beside(self._shelf.take(loaded)) as slots:
                 names = dict(zip(loaded, slots, strict=True))
                 prompts = [questions[row] for row in rows]

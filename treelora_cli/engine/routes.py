@@ -298,12 +298,23 @@ class Traffic:
             The moment, the name of a task and where its rows go.
         """
         for learned in moments:
-            known = self.names[:learned]
-            router = self._router(learned)
-            for name in known:
-                if name in features:
-                    routes = self._route(router, features[name])
-                    yield learned, name, Sent(routes.indices, routes.confidence, routes.dots)
+            known = {name: features[name] for name in self.names[:learned] if name in features}
+            for name, sent in self.among(learned, known).items():
+                yield learned, name, sent
+
+    def among(self, learned: int, features: Mapping[str, Tensor]) -> dict[str, Sent]:
+        """Route rows among the first tasks, whether or not their own is one of them.
+
+        Args:
+            learned: how many tasks the router knows.
+            features: of the rows of tasks, by name.
+        """
+        router = self._router(learned)
+        found = {}
+        for name, rows in features.items():
+            routes = self._route(router, rows)
+            found[name] = Sent(routes.indices, routes.confidence, routes.dots)
+        return found
 
     def agreement(self, features: Mapping[str, Tensor]) -> dict[str, float]:
         """Return how often the search finds the nearest task; nothing where none is made."""

@@ -8,20 +8,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from treelora_cli.engine.adapters import WEIGHTS_FILE
+from treelora_cli.engine.adapters import ADAPTER, WEIGHTS_FILE
+from treelora_cli.engine.batches import NoPlan
 from treelora_cli.engine.evaluation import Evaluator, build_encoder
 from treelora_cli.engine.forwards import Forwards
 from treelora_cli.engine.gradients import first_gradient
 from treelora_cli.engine.matrix import Matrix
 from treelora_cli.engine.merging import keep_to
 from treelora_cli.engine.opening import Opened, append_task, new_method, open_for_training
-from treelora_cli.engine.optim import optimizer_tensors
 from treelora_cli.engine.routes import Collected, Eye, collect
 from treelora_cli.engine.seeds import derive
+from treelora_cli.engine.share import check_shares
 from treelora_cli.engine.signals import StopFlag
 from treelora_cli.engine.store import Finished, load_optimizer, save_task
 from treelora_cli.engine.training import StepResult, TaskTrainer
 from treelora_cli.engine.units import Unit, facts, row_plan, units
+from treelora_cli.engine.world import ALONE, World
 from treelora_cli.errors import Interrupted, RunDirError, TreeloraError
 from treelora_cli.methods.base import TaskContext
 from treelora_cli.models.encode import Example
@@ -36,7 +38,13 @@ Show = Callable[[dict[str, Any]], None]
 Arrivals = Callable[[Callable[[], None]], Iterator[str]]
 
 
-def run_stream(recipe: Recipe, path: Path, show: Show, arrivals: Arrivals | None = None) -> None:
+def run_stream(
+    recipe: Recipe,
+    path: Path,
+    show: Show,
+    arrivals: Arrivals | None = None,
+    world: World = ALONE,
+) -> None:
     """Train and score a stream, going on from whatever the run directory already holds.
 
     Args:
@@ -44,13 +52,15 @@ def run_stream(recipe: Recipe, path: Path, show: Show, arrivals: Arrivals | None
         path: the run directory, existing or not.
         show: told of every event, as it is written to events.jsonl.
         arrivals: gives names of further tasks, each trained when it comes; it calls its argument
-            while it waits.
+            while it waits; one process alone can wait for them.
+        world: the processes that train together. All call this with the same arguments and a path
+            that they share; the first scores, writes and shows.
 
     Raises:
         TreeloraError: of the kind and exit code that fits what is wrong; what was finished before
             is kept, and an interrupted run goes on when called again.
     """
-    with StopFlag() as stop, open_for_training(recipe, path) as opened:
+    with StopFlag() as stop, open_for_training(recipe, path, world) as opened:
         _Stream(opened, stop, show).run(arrivals)
 
 
@@ -59,6 +69,7 @@ class _Stream:
 
     def __init__(self, opened: Opened, stop: StopFlag, show: Show) -> None:
         self.lock = opened.lock
+        self.world = opened.world
         self.run_dir = opened.run
         self.recipe = opened.recipe
         self.tasks = opened.tasks
@@ -83,14 +94,15 @@ class _Stream:
         self.matrix = Matrix(evaluator, opened.recipe.eval, opened.method.mode, opened.tasks)
 
     def emit(self, kind: str, fields: dict[str, Any]) -> None:
-        """Log an event and show it."""
+        """Log an event and show it, once for all processes."""
+        if not self.world.first:
+            return
         self.show(self.log.append(kind, sync=kind != "step", **fields))
 
     def run(self, arrivals: Arrivals | None) -> None:
         """Go through the stream; the run's status always tells how it ended."""
         info = self.run_dir.info
-        info.status = "running"
-        self.run_dir.save_info()
+        self._set_run_status("running")
         names = [task.name for task in self.tasks]
         todo = [entry["name"] for entry in info.tasks if entry["status"] != "finished"]
         self.emit("run_started", self._run_facts() | {"tasks": names, "todo": todo})
@@ -101,25 +113,31 @@ class _Stream:
             if arrivals is not None:
                 self._wait_for(arrivals)
         except Interrupted as error:
-            info.status = "interrupted"
-            self.run_dir.save_info()
+            self._set_run_status("interrupted")
             self.emit("interrupted", {"signal": error.signum})
             raise Interrupted(error.signum, error.message, self.resume_hint) from None
         except BrokenPipeError:
-            info.status = "interrupted"
-            self.run_dir.save_info()
+            self._set_run_status("interrupted")
             raise
         except TreeloraError as error:
-            info.status = "failed"
-            self.run_dir.save_info()
+            self._set_run_status("failed")
             self.emit("failed", {"error": error.message})
             raise
-        info.status = "finished"
-        self.run_dir.save_info()
+        self._set_run_status("finished")
         self.emit("run_finished", {"tasks": [task.name for task in self.tasks]})
+
+    def _set_run_status(self, status: str) -> None:
+        self.run_dir.info.status = status
+        self._save_info()
+
+    def _save_info(self) -> None:
+        if self.world.first:
+            self.run_dir.save_info()
 
     def _wait_for(self, arrivals: Arrivals) -> None:
         """Train tasks as their names arrive; the lock stays held and says what is waited for."""
+        if self.lock is None:
+            raise RuntimeError("only the process that holds the lock can wait for tasks")
         note = "waiting for task names"
         names = arrivals(lambda: self.stop.raise_if_set(f"stopped while {note}"))
         while True:
@@ -163,7 +181,7 @@ class _Stream:
         if done:
             self.method.install(finished)
             tree = finished[-1].memory.tree
-            if tree is not None:
+            if tree is not None and self.world.first:
                 write_json(self.run_dir.tree_json, tree.document)
         return len(done)
 
@@ -173,17 +191,23 @@ class _Stream:
         began = time.perf_counter()
         train_seconds = 0.0
         if not trained:
-            self.matrix.before(unit)
+            self._first(partial(self.matrix.before, unit))
             began_training = time.perf_counter()
             train_seconds = self._train(unit)
             began += time.perf_counter() - began_training
         self._keep_to_budget(unit)
-        self.matrix.after(unit)
+        self._first(partial(self.matrix.after, unit))
         self._set_status(unit, "finished")
         seconds = {"train": train_seconds, "evaluate": time.perf_counter() - began}
         if trained:
             del seconds["train"]
         self.emit("task_finished", self._names(unit) | {"seconds": seconds})
+
+    def _first(self, act: Callable[[], None]) -> None:
+        """Let the first process do what only one may do; the others wait for it."""
+        if self.world.first:
+            act()
+        self.world.wait()
 
     def _keep_to_budget(self, unit: Unit) -> None:
         """Merge adapters where there are too many; the method then reads what is left of them.
@@ -194,11 +218,11 @@ class _Stream:
         most = self.recipe.storage.max_adapters
         if most is None:
             return
-        merged = keep_to(self.run_dir, most, self.recipe.lora)
+        merged = keep_to(self.run_dir, most, self.recipe.lora) if self.world.first else []
         names = [task.name for task in self.tasks]
         for joined in merged:
             self.emit("merged", {"after": unit.task.name} | joined.to_json(names))
-        if merged:
+        if self.world.largest(len(merged)):
             self.method = new_method(self.recipe, self.adapted)
             self.method.restore(self._finished(unit))
 
@@ -212,7 +236,7 @@ class _Stream:
     def _set_status(self, unit: Unit, status: str) -> None:
         for member in unit.members:
             self.run_dir.info.tasks[member]["status"] = status
-        self.run_dir.save_info()
+        self._save_info()
 
     def _train(self, unit: Unit) -> float:
         """Train a unit from its start or its last checkpoint and commit it; return seconds."""
@@ -221,7 +245,8 @@ class _Stream:
         features = self._read_prompts(unit)
         examples = self._encode(unit)
         rehearsed = self.method.rehearsal(unit.index)
-        plan = row_plan(unit, self.recipe, seed, len(rehearsed))
+        trains = self.method.trains
+        plan = row_plan(unit, self.recipe, seed, len(rehearsed)) if trains else NoPlan()
         pad = self.adapted.backbone.tokenizer.pad_token_id
         rows = [*examples, *rehearsed]
         forwards = Forwards(rows, plan, optim, pad, self.adapted.device.type)
@@ -231,15 +256,19 @@ class _Stream:
             plan.steps_per_epoch,
             seed,
             forwards.per_epoch(),
-            probe=partial(first_gradient, self.adapted, forwards),
+            probe=partial(first_gradient, self.adapted, forwards, spread=self.world.spread),
             rows=examples,
-            ask=Probe(self.adapted, forwards.batches),
+            ask=Probe(self.adapted, forwards.batches, self.world.spread),
         )
         self._set_status(unit, "training")
         self.method.begin_task(context)
-        trainer = TaskTrainer(self.adapted, self.method, context, forwards, optim)
-        if optim.carry and unit.previous is not None:
+        engine = self.recipe.processes.engine
+        trainer = TaskTrainer(
+            self.adapted, self.method, context, forwards, optim, self.world, engine
+        )
+        if optim.carry and trains and unit.previous is not None:
             trainer.carry_on(load_optimizer(self.run_dir, *unit.previous))
+        check_shares(forwards, self.world)
         self._resume(trainer)
         started = {
             "of": len(self.tasks),
@@ -252,23 +281,31 @@ class _Stream:
             "synthetic": any(task.synthetic for task in unit.tasks),
         }
         self.emit("task_started", self._names(unit) | started)
-        if self.method.trains:
-            trainer.run(partial(self._show_step, trainer), partial(self._after_step, trainer))
+        try:
+            if trains:
+                trainer.run(partial(self._show_step, trainer), partial(self._after_step, trainer))
+            carried = trainer.drive.tensors() if optim.carry else {}
+        finally:
+            trainer.drive.close()
         memory = self.method.end_task(context)
         document = self._task_document(unit, trainer)
         document["seconds"]["features"] = round(features.seconds, 3)
-        carried = optimizer_tensors(trainer.optimizer) if optim.carry else {}
         form = self.recipe.storage.form
-        save_task(self.run_dir, self.adapted, document, memory, carried, form, features.tensors)
+        kept = (document, memory, carried, form, features.tensors)
+        self._first(partial(save_task, self.run_dir, self.adapted, *kept))
         # From what is stored, as after a resume: scores must not depend on where a run was stopped.
         self.method.install(self._finished(unit))
         self._set_status(unit, "trained")
-        checkpoints.clear(self.run_dir)
+        self._first(partial(checkpoints.clear, self.run_dir))
         return trainer.seconds
 
     def _read_prompts(self, unit: Unit) -> Collected:
-        """Read what routing needs; where all tasks share an adapter, nothing."""
-        count = self.recipe.route.prompts if self.method.mode != "joint" else 0
+        """Read what routing needs; where all tasks share an adapter, nothing.
+
+        The first process stores it, so the others need not read it.
+        """
+        wanted = self.method.mode != "joint" and self.world.first
+        count = self.recipe.route.prompts if wanted else 0
         note = f"stopped while reading prompts of task {unit.task.name}"
         eye = Eye(self.adapted, self.recipe.data, partial(self.stop.raise_if_set, note))
         return collect(eye, unit.task, count)
@@ -283,12 +320,14 @@ class _Stream:
 
     def _resume(self, trainer: TaskTrainer) -> None:
         found = checkpoints.newest(self.run_dir)
+        self.world.wait()
         if found is None:
             return
         if found.meta.get("index") != trainer.task.index or found.step >= trainer.plan.steps:
             # Left by a kill between a task's commit and the clearing of its checkpoints. Their
             # step numbers would outrank those of this task.
-            checkpoints.clear(self.run_dir)
+            if self.world.first:
+                checkpoints.clear(self.run_dir)
             return
         trainer.resume(found.tensors, found.meta)
         self.emit("resumed", {"task": trainer.task.name, "step": trainer.step})
@@ -313,12 +352,14 @@ class _Stream:
     def _after_step(self, trainer: TaskTrainer) -> None:
         if trainer.step == trainer.plan.steps:
             return
-        asked_to_stop = self.stop.signum is not None
-        if asked_to_stop or trainer.step % self.recipe.stream.checkpoint_steps == 0:
+        # A signal may reach one process and not another: they agree on it before each step.
+        self.stop.signum = self.world.largest(self.stop.signum or 0) or None
+        if self.stop.signum or trainer.step % self.recipe.stream.checkpoint_steps == 0:
             for result in trainer.drain():
                 self._show_step(trainer, result)
             tensors, values = trainer.checkpoint()
-            checkpoints.save(self.run_dir, trainer.step, tensors, values)
+            if self.world.first:
+                checkpoints.save(self.run_dir, trainer.step, tensors, values)
             self.emit("checkpoint", {"task": trainer.task.name, "step": trainer.step})
         self.stop.raise_if_set(
             f"stopped in task {trainer.task.name} after step {trainer.step} of "
@@ -330,8 +371,12 @@ class _Stream:
             "index": unit.index,
             "steps": trainer.plan.steps,
             "seed": trainer.task.seed,
-            "answers_with": ["adapter", *([WEIGHTS_FILE] if self.adapted.more_parameters else [])],
+            "answers_with": [
+                *([ADAPTER] if self.adapted.live_parameters else []),
+                *([WEIGHTS_FILE] if self.adapted.more_parameters else []),
+            ],
             "seconds": {"train": round(trainer.seconds, 3)},
             "trainable_parameters": self.adapted.trainable_count(),
             "tokens": trainer.tokens,
+            **({} if self.method.trains else {"epochs": 0}),
         }

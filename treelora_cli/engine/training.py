@@ -13,19 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from treelora_cli.engine.drive import Kind, make_drive
 from treelora_cli.engine.forwards import Forwards
-from treelora_cli.engine.optim import (
-    build_optimizer,
-    learning_rate,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    set_learning_rate,
-)
+from treelora_cli.engine.optim import learning_rate
+from treelora_cli.engine.seeds import derive
+from treelora_cli.engine.share import StepShare, share_of
+from treelora_cli.engine.world import ALONE, World
 from treelora_cli.errors import DivergedError
 from treelora_cli.methods.base import Method, StepContext, TaskContext
 from treelora_cli.models.adapted import AdaptedModel
-from treelora_cli.models.encode import Batch
-from treelora_cli.models.forward import answer_logits, answer_loss_of
+from treelora_cli.models.forward import answer_loss_of
 from treelora_cli.models.probe import gradient_under
 from treelora_cli.models.readback import Readback
 from treelora_cli.recipe import OptimSection
@@ -91,6 +88,8 @@ class TaskTrainer:
         task: what is being trained.
         forwards: the task's batches, step by step.
         optim: the recipe's ``optim`` section.
+        world: the processes that train together; each has this trainer.
+        kind: how they do.
 
     Attributes:
         step: optimizer steps done.
@@ -105,6 +104,8 @@ class TaskTrainer:
         task: TaskContext,
         forwards: Forwards,
         optim: OptimSection,
+        world: World = ALONE,
+        kind: Kind = "ddp",
     ) -> None:
         self.adapted = adapted
         self.method = method
@@ -112,8 +113,9 @@ class TaskTrainer:
         self.forwards = forwards
         self.plan = forwards.plan
         self.optim = optim
-        self.parameters = adapted.parameters()
-        self.optimizer = build_optimizer(adapted.trainable(), optim, method.rate)
+        self.world = world
+        self.spread = world.spread
+        self.drive = make_drive(kind, adapted, method, optim, world)
         self.step = 0
         self.tokens = 0
         self.seconds = 0.0
@@ -179,62 +181,73 @@ class TaskTrainer:
 
     def _one_step(self) -> _InFlight:
         lr = learning_rate(self.optim, self.step, self.plan.steps)
-        set_learning_rate(self.optimizer, lr)
-        self.optimizer.zero_grad(set_to_none=True)
-        batches = [batch.to(self.adapted.device) for batch in self.forwards.of(self.step)]
-        context, penalty = self._backward(batches)
+        if not self.world.alone:
+            # Random numbers that depend on the step alone: whoever resumes draws the same ones.
+            torch.manual_seed(derive(self.task.seed, "step", self.step, self.world.rank))
+        self.drive.begin(lr)
+        share = share_of(self.forwards, self.step, self.world).to(self.adapted.device)
+        context, penalty = self._backward(share)
         self.method.after_backward(context)
-        norm = self._clip()
-        self.optimizer.step()
+        norm = self.drive.step()
         info = self.method.after_step(context)
         numbers = [context.loss, norm] if penalty is None else [context.loss, norm, penalty]
-        tokens = sum(batch.tokens for batch in batches)
-        return _InFlight(self.step, lr, tokens, Readback(torch.stack(numbers)), info)
+        return _InFlight(self.step, lr, share.tokens, Readback(torch.stack(numbers)), info)
 
-    def _backward(self, batches: list[Batch]) -> tuple[StepContext, Tensor | None]:
+    def _backward(self, share: StepShare) -> tuple[StepContext, Tensor | None]:
         """Add up the step's gradient.
 
         Returns:
-            The step with its loss, and the sum of its penalties, detached, if there were any.
+            The step with its loss, and the sum of its penalties, detached, if there were any. Both
+            are those of all processes.
         """
-        answer_tokens = sum(batch.answer_tokens for batch in batches)
-        under = partial(gradient_under, self.adapted, batches)
+        passes = share.passes
+        own = [one.batch for one in passes if one.counts]
+        under = partial(
+            gradient_under, self.adapted, own, tokens=share.answer_tokens, spread=self.spread
+        )
         losses: list[Tensor] = []
         penalties: list[Tensor] = []
-        for number, batch in enumerate(batches):
-            self.method.before_forward(batch)
-            logits = answer_logits(self.adapted, batch)
-            part = answer_loss_of(logits, batch) / answer_tokens
+        for number, one in enumerate(passes):
+            last = number == len(passes) - 1
+            self.method.before_forward(one.batch)
+            logits = self.drive.logits(one.batch, last=last)
+            part = answer_loss_of(logits, one.batch) / share.answer_tokens * one.counts
             losses.append(part.detach())
+            loss = part * self.drive.times
             if self.method.per_forward:
-                share = batch.answer_tokens / answer_tokens
-                context = StepContext(
-                    self.step,
-                    part.detach() / share,
-                    number,
-                    len(batches),
-                    batch=batch,
-                    logits=logits,
-                )
-                penalty = self.method.penalty(context)
-                penalty = None if penalty is None else penalty * share
-            elif number == len(batches) - 1:
-                # With the last pass's loss: a backward pass of its own would cost more than this.
-                penalty = self.method.penalty(
-                    StepContext(self.step, _sum(losses), gradient_under=under)
-                )
-            else:
-                penalty = None
-            if penalty is not None:
-                penalties.append(penalty.detach())
-                part = part + penalty
-            part.backward()  # type: ignore[no-untyped-call]
-        step = StepContext(self.step, _sum(losses), gradient_under=under)
-        return step, _sum(penalties) if penalties else None
+                penalty = self._of_pass(share, number, logits, part.detach())
+                if penalty is not None:
+                    penalties.append(penalty.detach())
+                    loss = loss + penalty * self.drive.times
+            if last:
+                step = StepContext(self.step, self._total(losses), gradient_under=under)
+                if not self.method.per_forward:
+                    # With the last loss: a backward pass of its own would cost more than this.
+                    penalty = self.method.penalty(step)
+                    if penalty is not None:
+                        # Every process adds all of it, and averaging leaves it as it is.
+                        penalties.append(penalty.detach() / self.drive.times)
+                        loss = loss + penalty
+            self.drive.backward(loss, last=last)
+        return step, self._total(penalties) if penalties else None
 
-    def _clip(self) -> Tensor:
-        limit = self.optim.grad_clip or math.inf
-        return torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+    def _of_pass(
+        self, share: StepShare, number: int, logits: Tensor, loss: Tensor
+    ) -> Tensor | None:
+        """Return a pass's penalty, counted with its share of the step's answer tokens."""
+        one = share.passes[number]
+        if not one.counts:
+            return None
+        part = one.batch.answer_tokens / share.answer_tokens
+        context = StepContext(
+            self.step, loss / part, number, len(share.passes), batch=one.batch, logits=logits
+        )
+        penalty = self.method.penalty(context)
+        return None if penalty is None else penalty * part
+
+    def _total(self, values: list[Tensor]) -> Tensor:
+        """Return the sum over this step's passes and over all processes."""
+        return self.world.sum(_sum(values).clone())
 
     def _check_finite(self, step: int, numbers: list[float]) -> None:
         for name, value in zip(("loss", "gradient norm", "penalty"), numbers, strict=False):
@@ -251,7 +264,7 @@ class TaskTrainer:
         Raises:
             RunDirError: it does not fit the model.
         """
-        load_optimizer_tensors(self.optimizer, optimizer)
+        self.drive.load(optimizer)
 
     def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return everything a resume inside the task needs: tensors and JSON values.
@@ -261,7 +274,7 @@ class TaskTrainer:
         if self._in_flight:
             raise RuntimeError("a checkpoint with results in flight would lose them")
         tensors = {ADAPTER + key: value for key, value in self.adapted.snapshot().items()}
-        named = optimizer_tensors(self.optimizer)
+        named = self.drive.tensors()
         tensors |= {OPTIMIZER + key: value for key, value in named.items()}
         method_tensors, method_values = self.method.state()
         tensors |= {METHOD + key: value for key, value in method_tensors.items()}
@@ -285,7 +298,7 @@ class TaskTrainer:
             RunDirError: the checkpoint does not fit the model.
         """
         self.adapted.restore(_part(tensors, ADAPTER))
-        load_optimizer_tensors(self.optimizer, _part(tensors, OPTIMIZER))
+        self.drive.load(_part(tensors, OPTIMIZER))
         self.method.load_state(_part(tensors, METHOD), values["method"])
         torch.set_rng_state(tensors[RNG + "torch"])
         if RNG + "cuda" in tensors and self.adapted.device.type == "cuda":

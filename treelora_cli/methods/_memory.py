@@ -87,10 +87,10 @@ def _damaged(task: str) -> RunDirError:
     )
 
 
-def generator(seed: int, *parts: int) -> torch.Generator:
-    """Return a generator on the host that depends on a seed and on every further number."""
+def generator(seed: int, *parts: int, device: torch.device | None = None) -> torch.Generator:
+    """Return a generator, on the host by default, that depends on a seed and all more numbers."""
     state = np.random.SeedSequence([seed, *parts]).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0]) >> 1)
+    return torch.Generator(device or "cpu").manual_seed(int(state[0]) >> 1)
 
 
 def sample_rows(rows: Sequence[Example], count: int, seed: int) -> list[Example]:

@@ -18,9 +18,10 @@ from treelora_cli.models.adapted import AdaptedModel
 from treelora_cli.models.backbone import Backbone
 from treelora_cli.models.encode import Batch, Example
 from treelora_cli.models.probe import Probe
-from treelora_cli.models.snapshot import Snapshot
+from treelora_cli.models.snapshot import WEIGHTS, Snapshot
 from treelora_cli.recipe import (
     BanditSection,
+    DataSection,
     LoraSection,
     Recipe,
     Section,
@@ -51,12 +52,14 @@ class StreamContext:
         bandit: the recipe's ``bandit`` section.
         tree: the recipe's ``tree`` section.
         lora: the recipe's ``lora`` section.
+        data: the recipe's ``data`` section.
     """
 
     seed: int
     bandit: BanditSection
     tree: TreeSection
     lora: LoraSection = field(default_factory=LoraSection)
+    data: DataSection = field(default_factory=DataSection)
 
 
 def _no_gradients(what: object) -> list[Tensor]:
@@ -209,10 +212,13 @@ class Method:
 
     Attributes:
         name: as written in recipes and on the command line.
-        needs: what it asks of a training step; an engine that cannot give it refuses at start.
+        needs: what it asks of a training step: a ``penalty`` on the loss, ``gradients`` that it
+            reads or changes, ``weights`` that it writes between steps. An engine that cannot give
+            it refuses at start. Of the class, unless a setting decides it.
         mode: whose adapter answers when scores are taken: ``latest``, or each task's ``own``;
             ``joint``: all tasks are trained at once, and the one adapter answers; ``route``: each
-            prompt is sent to the task it looks like, and that task's adapter answers.
+            prompt is sent to the task it looks like, and that task's adapter answers. Of the class,
+            unless a setting decides it.
         answer: what answers: the live ``adapter``, stored by itself; the ``sum`` of all tasks'
             adapters, which is one LoRA whose rank grows; or ``more`` than a LoRA.
         trains: False where nothing is learned, so that no step is made.
@@ -222,8 +228,8 @@ class Method:
     """
 
     name: ClassVar[str]
-    needs: ClassVar[frozenset[Need]] = frozenset()
-    mode: ClassVar[Mode] = "latest"
+    needs: frozenset[Need] = frozenset()
+    mode: Mode = "latest"
     answer: ClassVar[Answer] = "adapter"
     trains: ClassVar[bool] = True
     Settings: ClassVar[type[MethodSettings]] = MethodSettings
@@ -279,6 +285,22 @@ class Method:
             key: its key in a snapshot.
         """
         return 1.0
+
+    def rehearsal_size(self, earlier: Sequence[int]) -> int:
+        """Return how many rows ``rehearsal`` will give, for plans made before there are any.
+
+        Args:
+            earlier: training rows of every earlier task.
+        """
+        return 0
+
+    def learns(self, key: str) -> bool:
+        """Tell whether a LoRA matrix or a base weight is trained, for plans made without a model.
+
+        Args:
+            key: its key in a snapshot, that of a base weight after ``weights.``.
+        """
+        return self.trains and not key.startswith(WEIGHTS)
 
     def begin_task(self, task: TaskContext) -> None:
         """Choose how the adapter starts. The default goes on from the last task's weights."""

@@ -30,6 +30,8 @@ from treelora_cli.methods._settings import TreeLoraSettings
 from treelora_cli.methods._starts import GroupStart, group_of
 from treelora_cli.methods.base import (
     Method,
+    MethodSettings,
+    Need,
     StepContext,
     StoredTask,
     StreamContext,
@@ -55,10 +57,16 @@ class TreeLora(Method):
     """Adapter goes on from task to task, pulled toward the most similar earlier tasks."""
 
     name = "treelora"
-    # `gradient` signatures need gradients too; the engine's choice of processes asks for both.
-    needs = frozenset({"penalty", "gradients"})
+    needs: frozenset[Need] = frozenset({"penalty"})
     Settings = TreeLoraSettings
     settings: TreeLoraSettings
+
+    def __init__(self, settings: MethodSettings) -> None:
+        super().__init__(settings)
+        if self.settings.signature in GRADIENTS:
+            self.needs |= {"gradients"}
+        if self.settings.form == "proximal":
+            self.needs |= {"weights"}
 
     def start(self, stream: StreamContext, model: AdaptedModel) -> None:
         """Begin with an empty tree."""

@@ -26,6 +26,7 @@ from torch import Tensor
 from treelora_cli.errors import UsageError
 from treelora_cli.models.backbone import Backbone
 from treelora_cli.models.condition import Condition
+from treelora_cli.models.opened import base_parameters, check_opened
 from treelora_cli.models.snapshot import PART, WEIGHTS, Snapshot, concatenated, rank_of
 from treelora_cli.recipe import LoraSection
 
@@ -87,11 +88,11 @@ class AdaptedModel:
         self.peft.eval()
         self.blocks = _blocks(self.peft)
         self.scale = lora.alpha / lora.rank
-        self._live = _saved(self.peft, SLOT)
+        self._live = saved_parameters(self.peft, SLOT)
         self._more: dict[str, torch.nn.Parameter] = {}
         self._base: Snapshot = {}
         self._past: Snapshot | None = None
-        self._initial = self.snapshot()
+        self._initial = {key: _on_host(parameter) for key, parameter in self._live.items()}
 
     @property
     def live(self) -> str:
@@ -131,26 +132,21 @@ class AdaptedModel:
             The opened parameters by name; none twice where weights are tied.
 
         Raises:
-            UsageError: none is wanted, or one is quantised and cannot be trained.
+            UsageError: none is wanted, or one is quantised or in half precision.
         """
-        opened = {}
-        for path, parameter in self.peft.get_base_model().named_parameters():
-            name = path.replace(".base_layer.", ".")
-            if "lora_" in path or not wanted(name):
-                continue
-            if not parameter.is_floating_point():
-                raise UsageError(
-                    f"the base's weight {name} is quantised and cannot be trained",
-                    "use a method that trains LoRA only, or a base in floating point",
-                )
-            opened[name] = parameter
+        opened = {
+            name: parameter
+            for name, parameter in base_parameters(self.peft).items()
+            if wanted(name)
+        }
+        for name, parameter in opened.items():
+            check_opened(name, parameter.dtype)
         if not opened:
             raise UsageError("no weight of the base is chosen", "choose others in the method")
         for name, parameter in opened.items():
             parameter.requires_grad_(True)
             self._more[WEIGHTS + name] = parameter
             self._base[WEIGHTS + name] = _on_host(parameter)
-        self._initial = self.snapshot()
         return opened
 
     def add_part(self, name: str, values: Tensor, *, trainable: bool = True) -> torch.nn.Parameter:
@@ -164,7 +160,6 @@ class AdaptedModel:
         start = values.detach().to(self.device, torch.float32, copy=True)
         part = torch.nn.Parameter(start, requires_grad=trainable)
         self._more[PART + name] = part
-        self._initial = self.snapshot()
         return part
 
     def freeze_adapter(self, *, A: bool = True, B: bool = True) -> None:
@@ -182,17 +177,15 @@ class AdaptedModel:
         Raises:
             UsageError: its keys or shapes are not those of this model.
         """
-        if PAST in self.peft.peft_config:
-            self.peft.delete_adapter(PAST)
-        if past is not None:
-            with self._flags(), torch.random.fork_rng(self._cuda_devices()):
+        # PEFT makes the adapters that it switches to trainable, whatever was frozen before.
+        with self._flags(), torch.random.fork_rng(self._cuda_devices()):
+            if PAST in self.peft.peft_config:
+                self.peft.delete_adapter(PAST)
+            if past is not None:
                 self.peft.add_adapter(PAST, self._config_for(past))
-                _fill(_saved(self.peft, PAST), past)
-        flags = [(p, p.requires_grad) for p in self._live.values()]
-        self.peft.base_model.set_adapter([SLOT] if past is None else [PAST, SLOT])
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        for parameter in _saved(self.peft, PAST).values():
+                _fill(saved_parameters(self.peft, PAST), past)
+            self.peft.base_model.set_adapter([SLOT] if past is None else [PAST, SLOT])
+        for parameter in self.past_parameters.values():
             parameter.requires_grad_(False)
         self._past = None if past is None else dict(past)
 
@@ -200,6 +193,14 @@ class AdaptedModel:
     def past(self) -> Snapshot | None:
         """The frozen adapter under the live one, float32 on the host."""
         return self._past
+
+    @property
+    def past_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The frozen adapter under the live one, on the device, by key; empty where there is none.
+
+        They are others after every ``stand_on``.
+        """
+        return saved_parameters(self.peft, PAST)
 
     def answer(self) -> Snapshot:
         """Copy to the host what answers: the live adapter, after the frozen one where there is one.
@@ -316,7 +317,7 @@ class AdaptedModel:
                 names.append(f"t{number:03d}")
                 with torch.random.fork_rng(self._cuda_devices()):
                     self.peft.add_adapter(names[-1], self._config_for(snapshot))
-                _fill(_saved(self.peft, names[-1]), snapshot)
+                _fill(saved_parameters(self.peft, names[-1]), snapshot)
             yield list(names)
         finally:
             for name in names:
@@ -357,10 +358,10 @@ class AdaptedModel:
         return [p for block in self.blocks for p in block.parameters(factors)]
 
     def named_factors(self, kind: Literal["A", "B"]) -> list[tuple[str, torch.nn.Parameter]]:
-        """Return the adapter's A or B matrices by module name, in the model's parameter order."""
+        """Return the live adapter's A or B matrices by module name, in the model's order."""
         found = []
-        for name, parameter in self.peft.named_parameters():
-            module, mark, _ = name.partition(f".lora_{kind}.")
+        for key, parameter in self._live.items():
+            module, mark, _ = key.partition(f".lora_{kind}.")
             if mark:
                 found.append((module.removeprefix("base_model.model."), parameter))
         return found
@@ -403,7 +404,7 @@ def explain_targets() -> Iterator[None]:
         ) from None
 
 
-def _saved(peft_model: Any, slot: str) -> dict[str, torch.nn.Parameter]:
+def saved_parameters(peft_model: Any, slot: str) -> dict[str, torch.nn.Parameter]:
     """Return an adapter's parameters by the key PEFT saves them under: their name less the slot."""
     found = {}
     for name, parameter in peft_model.named_parameters():

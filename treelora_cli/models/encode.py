@@ -142,7 +142,7 @@ class Encoder:
     ) -> None:
         if chat and encodes:
             raise UsageError(
-                "data.format chat: an encoder-decoder has no turns; its prompts are read as they are",
+                "data.format chat: an encoder-decoder reads prompts as they are, without turns",
                 "use --set data.format=plain, or a causal language model that was tuned for chat",
             )
         self.tokenizer = tokenizer
@@ -288,7 +288,7 @@ def collate(examples: Sequence[Example], pad: int) -> Batch:
         labels = filled.reshape(-1)
     prompts = np.array([example.answer_start for example in examples])
     found = [torch.from_numpy(array) for array in (ids, kept, labels, prompts)]
-    return Batch(found[0], None, *found[1:3], sum(lengths), sum(answers), found[3])
+    return Batch(found[0], None, found[1], found[2], sum(lengths), sum(answers), found[3])
 
 
 def _collate_sides(examples: Sequence[Example], pad: int) -> Batch:

@@ -1,8 +1,9 @@
 """What a prompt looks like to the frozen base: a short vector, for routing without a task's name.
 
-Three views of the tokens that are read, each an RMS-normed hidden state of the base with the
-adapter switched off: the middle layer's mean over the beginning (where instructions stand), the
-last layer's mean over all (what the text is about) and the last layer's last token (how it ends).
+Three views of the tokens that are read, each an RMS-normed hidden state of the base (of its encoder
+if it has one) with the adapter switched off: the middle layer's mean over the beginning (where
+instructions stand), the last layer's mean over all (what the text is about) and the last layer's
+last token (how it ends).
 tests/routing/routing_trial.py compares this choice with others.
 """
 
@@ -43,16 +44,17 @@ def pool(states: Sequence[Tensor], mask: Tensor) -> Tensor:
     as a resting place for attention and give it a state many times larger than any other.
 
     Args:
-        states: L + 1 hidden states [B, S, H], padded on the left.
+        states: L + 1 hidden states [B, S, H], padded on either side.
         mask: int64 [B, S], 1 for real tokens; at least one a row.
     """
     positions = positions_of(mask)
+    ends = mask.shape[1] - 1 - mask.flip(1).argmax(1)
     counted = mask.bool() & ((positions > 0) | (mask.sum(1, keepdim=True) == 1))
     middle, last = normed(states[len(states) // 2]), normed(states[-1])
     views = [
         mean_over(middle, counted & (positions < HEAD)),
         mean_over(last, counted),
-        last[:, -1],
+        last[torch.arange(len(ends), device=ends.device), ends],
     ]
     return project(torch.cat(views, dim=1).cpu())
 
@@ -101,7 +103,8 @@ def prompt_features(
 ) -> Tensor:
     """Return the features of prompts, from the base without its adapter and without logits.
 
-    Batching and padding change them by rounding only. Every layer's hidden states of a batch are
+    Of an encoder-decoder it is the encoder that reads. Batching and padding change features by
+    rounding only. Every layer's hidden states of a batch are
     held at once: at 256 tokens, 8 prompts and a 7B model in bfloat16 about half a gigabyte.
 
     Args:
@@ -116,14 +119,28 @@ def prompt_features(
         float32 [n, min(3 hidden sizes, 512)] on the host; [0, 0] of no prompts.
     """
     # A prompt without any token is read as the end token alone.
-    tokens = [shorten(encoder.prompt(prompt)[0] or [encoder.eos]) for prompt in prompts]
+    read = [encoder.prompt(prompt)[0] or [encoder.eos] for prompt in prompts]
+    return token_features(adapted, read, batch_size, on_batch, pooling)
+
+
+def token_features(
+    adapted: AdaptedModel,
+    prompts: Sequence[Sequence[int]],
+    batch_size: int = 8,
+    on_batch: Callable[[], None] = lambda: None,
+    pooling: Pooling = pool,
+) -> Tensor:
+    """As :func:`prompt_features`, of prompts as they are tokenised for generation, none empty."""
+    tokens = [shorten(prompt) for prompt in prompts]
+    pad = adapted.backbone.tokenizer.pad_token_id
     by_length = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
     found: dict[int, Tensor] = {}
+    left = not adapted.backbone.encodes
     with adapted.evaluating(), adapted.as_base(), torch.inference_mode():
         for start in range(0, len(by_length), batch_size):
             on_batch()
             chosen = by_length[start : start + batch_size]
-            ids, mask = pad_prompts([tokens[i] for i in chosen], encoder.pad)
+            ids, mask = pad_prompts([tokens[i] for i in chosen], pad, left=left)
             states = _hidden_states(adapted, ids, mask)
             found.update(zip(chosen, pooling(states, mask.to(adapted.device)), strict=True))
     return torch.stack([found[i] for i in range(len(tokens))]) if tokens else torch.zeros(0, 0)
@@ -140,8 +157,7 @@ def shorten(tokens: Sequence[int], read: int = READ) -> list[int]:
 def _hidden_states(adapted: AdaptedModel, ids: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
     """Return the L + 1 hidden states [B, S, H] of the base, or of its encoder where it has one."""
     model = adapted.backbone.model
-    encodes = bool(getattr(model.config, "is_encoder_decoder", False))
-    body = model.get_encoder() if encodes else model.base_model
+    body = model.get_encoder() if adapted.backbone.encodes else model.base_model
     inputs: dict[str, Any] = {
         "input_ids": ids.to(adapted.device),
         "attention_mask": mask.to(adapted.device),

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
 from treelora_cli.models.adapted import BASE_ROW, AdaptedModel
@@ -117,6 +117,9 @@ def _generate_batch(
             ids = torch.cat([before, ids], dim=1)
             mask = torch.cat([torch.ones_like(before), mask], dim=1)
             more["past_key_values"] = shared.cache(names, len(prompts))
+        elif encodes:
+            # The cache that transformers makes has as many layers as the encoder, not the decoder.
+            more["past_key_values"] = EncoderDecoderCache(DynamicCache(), DynamicCache())
         ids, mask = ids.to(adapted.device), mask.to(adapted.device)
         with answering(adapted, ids, mask) as inputs:
             output = adapted.peft.generate(generation_config=config, **inputs, **more)

@@ -32,3 +32,49 @@ def group_by_length(
         groups[-1].append(number)
         used += cost
     return groups
+
+
+def group_by_sides(
+    sides: Sequence[tuple[int, int]], rows: int, tokens: int | None
+) -> list[list[int]]:
+    """Group prompts and answers that are padded apart, so that little padding stands on both sides.
+
+    No order suits both sides at once; of those by prompt, by answer and by both together the one
+    with the fewest tokens to compute is taken.
+
+    Args:
+        sides: tokens of each prompt and of its answer.
+        rows: most rows a pass.
+        tokens: most tokens a pass, padding on both sides counted; a single longer row is a pass of
+            its own. None: no limit.
+
+    Returns:
+        The rows' numbers, pass by pass.
+    """
+    numbers = range(len(sides))
+    orders = [
+        sorted(numbers, key=lambda at: (-sides[at][0], -sides[at][1], at)),
+        sorted(numbers, key=lambda at: (-sides[at][1], -sides[at][0], at)),
+        sorted(numbers, key=lambda at: (-sum(sides[at]), -sides[at][0], at)),
+    ]
+    ways = [_fill(sides, order, rows, tokens) for order in orders]
+    return min(ways, key=lambda groups: sum(_area(sides, group) for group in groups))
+
+
+def _area(sides: Sequence[tuple[int, int]], group: Sequence[int]) -> int:
+    """Return the tokens of a pass, padding counted."""
+    prompts, answers = zip(*(sides[at] for at in group), strict=True)
+    return len(group) * int(max(prompts) + max(answers))
+
+
+def _fill(
+    sides: Sequence[tuple[int, int]], order: Sequence[int], rows: int, tokens: int | None
+) -> list[list[int]]:
+    groups: list[list[int]] = []
+    for number in order:
+        wider = [*groups[-1], number] if groups else []
+        if not wider or len(wider) > rows or (tokens and _area(sides, wider) > tokens):
+            groups.append([number])
+        else:
+            groups[-1] = wider
+    return groups

@@ -24,7 +24,8 @@ def check_kind(source: str, config: Any) -> None:
     """See to it that an encoder-decoder reads and writes text.
 
     Raises:
-        DataError: it hears or sees, or does not say what a decoder begins with.
+        DataError: it hears or sees, its answers depend on their neighbours in a batch, or it does
+            not say what a decoder begins with.
     """
     if not config.is_encoder_decoder:
         return
@@ -32,6 +33,12 @@ def check_kind(source: str, config: Any) -> None:
         raise DataError(
             f"model {source!r} is an encoder-decoder ({config.model_type}) that does not answer "
             "text with text",
+            _OTHERS,
+        )
+    if hasattr(config, "expert_capacity"):
+        raise DataError(
+            f"model {source!r} ({config.model_type}) drops tokens that its experts have no room "
+            "for, so that an answer would depend on what else is in the batch",
             _OTHERS,
         )
     if decoder_start(config) is None:

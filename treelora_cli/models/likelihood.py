@@ -10,7 +10,7 @@ Of an encoder-decoder the prompt is encoded once, and the decoder reads a label 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,8 @@ from treelora_cli.models.encode import Encoder, pad_prompts, positions_of
 from treelora_cli.models.forward import forward_parameters, shifted_right
 from treelora_cli.models.generate import Adapters, peft_names
 from treelora_cli.models.grouping import group_by_length
-from treelora_cli.models.soft import answering, embed, most_rows, soft_width
+from treelora_cli.models.readback import send
+from treelora_cli.models.soft import Inputs, answering, embed, most_rows, soft_width
 
 CPU_TOKENS = 2048
 """Most tokens of a batch on a CPU: one forward pass, whose activations should fit its cache."""
@@ -83,6 +84,12 @@ class LabelBlock:
             label=_indices(label),
             count=len(labels),
         )
+
+    def to(self, device: torch.device) -> LabelBlock:
+        """Return the block with what is read on a device."""
+        read = (send(part, device) for part in (self.tokens, self.offsets, self.owner))
+        tokens, offsets, owner = read
+        return replace(self, tokens=tokens, offsets=offsets, owner=owner)
 
 
 def _indices(values: Sequence[int]) -> Tensor:
@@ -171,9 +178,7 @@ def _learned(encoder: Encoder, prompt: str, label: str, separator: str) -> list[
     return list(example.tokens[example.answer_start :])
 
 
-def _check_distinct(
-    labels: Sequence[str], learned: Sequence[Sequence[int]], longest: int
-) -> None:
+def _check_distinct(labels: Sequence[str], learned: Sequence[Sequence[int]], longest: int) -> None:
     first: dict[tuple[int, ...], str] = {}
     for label, ids in zip(labels, learned, strict=True):
         other = first.setdefault(tuple(ids), label)
@@ -225,15 +230,59 @@ def _scores(
     padded = pad_prompts(prompts, pad, left=not encodes)
     ids, mask = (tensor.to(adapted.device) for tensor in padded)
     more: dict[str, Any] = {} if names is None else {"adapter_names": list(names)}
+    after = _decoded if encodes else _behind
     with answering(adapted, ids, mask) as read:
-        logits = _decoded(adapted, read, blocks, more) if encodes else None
-        scores = [
-            _label_scores(_behind(adapted, read, block, more), block)
-            if logits is None
-            else _label_scores(next(logits), block)
-            for block in blocks
-        ]
+        logits = after(adapted, read, blocks, more)
+        scores = [_label_scores(found, block) for found, block in zip(logits, blocks, strict=True)]
     return torch.cat(scores, dim=1)
+
+
+def _behind(
+    adapted: AdaptedModel, read: Inputs, blocks: Sequence[LabelBlock], more: dict[str, Any]
+) -> Iterator[Tensor]:
+    """Yield a causal model's logits [B, 1 + W, vocabulary] for every block behind the prompts."""
+    model, mask = adapted.backbone.model, read["attention_mask"]
+    accepted, places = forward_parameters(model), positions_of(mask)
+    for block in (block.to(adapted.device) for block in blocks):
+        keep = len(block.tokens) + 1
+        tail = block.tokens.expand(len(mask), -1)
+        inputs: dict[str, Any] = more | {
+            "attention_mask": torch.cat([mask, tail.new_ones(tail.shape)], dim=1)
+        }
+        if "input_ids" in read:
+            inputs["input_ids"] = torch.cat([read["input_ids"], tail], dim=1)
+        else:
+            embedded = [read["inputs_embeds"], embed(model, tail)]
+            inputs["inputs_embeds"] = torch.cat(embedded, dim=1)
+        if block.count > 1:
+            inputs["attention_mask"] = label_mask(mask, block.owner, model.dtype)
+        if "position_ids" in accepted:
+            inputs["position_ids"] = torch.cat([places, places[:, -1:] + block.offsets], dim=1)
+        if "logits_to_keep" in accepted:
+            inputs["logits_to_keep"] = keep
+        yield adapted.peft(**inputs, use_cache=False).logits[:, -keep:]
+
+
+def _decoded(
+    adapted: AdaptedModel, read: Inputs, blocks: Sequence[LabelBlock], more: dict[str, Any]
+) -> Iterator[Tensor]:
+    """Yield a decoder's logits [B, T, vocabulary] for every label, a block of its own each.
+
+    The prompts are encoded with the first label. What the decoder's layers make of them, keys and
+    values, is the same for all labels and kept; what they make of a label is not.
+    """
+    across, inputs = DynamicCache(), read
+    for block in blocks:
+        labels = block.target.to(adapted.device).expand(len(read["attention_mask"]), -1)
+        found = adapted.peft(
+            **inputs,
+            **more,
+            decoder_input_ids=shifted_right(adapted.backbone.model, labels),
+            past_key_values=EncoderDecoderCache(DynamicCache(), across),
+        )
+        encoded = BaseModelOutput(last_hidden_state=found.encoder_last_hidden_state)
+        inputs = {"encoder_outputs": encoded, "attention_mask": read["attention_mask"]}
+        yield found.logits
 
 
 def _label_scores(logits: Tensor, block: LabelBlock) -> Tensor:
@@ -262,12 +311,13 @@ def label_mask(prompts: Tensor, owner: Tensor, dtype: torch.dtype) -> Tensor:
         [B, 1, P + W, P + W]; the prompts are causal, a label sees the prompt and itself so far.
     """
     size = prompts.shape[1] + len(owner)
-    owners = torch.cat([torch.full((prompts.shape[1],), -1), owner])
-    real = torch.cat([prompts.bool(), torch.ones(len(prompts), len(owner), dtype=torch.bool)], 1)
-    sees = torch.ones(size, size, dtype=torch.bool).tril()
+    device = prompts.device
+    owners = torch.cat([owner.new_full((prompts.shape[1],), -1), owner])
+    real = torch.cat([prompts.bool(), prompts.new_ones(len(prompts), len(owner)).bool()], dim=1)
+    sees = torch.ones(size, size, dtype=torch.bool, device=device).tril()
     sees &= (owners == -1) | (owners == owners.unsqueeze(1))
     seen = sees & real.unsqueeze(1)
     # Padding must see something, or its rows of the softmax are not numbers.
-    seen |= torch.eye(size, dtype=torch.bool)
-    low = torch.finfo(dtype).min
-    return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, low).unsqueeze(1)
+    seen |= torch.eye(size, dtype=torch.bool, device=device)
+    added = torch.zeros(seen.shape, dtype=dtype, device=device)
+    return added.masked_fill_(~seen, torch.finfo(dtype).min).unsqueeze(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,12 @@ from peft import get_peft_model
 from transformers import AutoConfig
 
 from treelora_cli.errors import DataError, TreeloraError
-from treelora_cli.models.adapted import explain_targets, lora_config
+from treelora_cli.models.adapted import (
+    SLOT,
+    explain_targets,
+    lora_config,
+    saved_parameters,
+)
 from treelora_cli.models.backbone import (
     check_folder,
     choose_device,
@@ -21,6 +27,8 @@ from treelora_cli.models.backbone import (
     source_of,
 )
 from treelora_cli.models.kind import auto_class, check_kind, check_reading
+from treelora_cli.models.opened import base_parameters, check_opened
+from treelora_cli.models.snapshot import WEIGHTS, is_more
 from treelora_cli.recipe import LoraSection, ModelSection
 
 
@@ -29,8 +37,10 @@ class Outline:
     """Sizes of a backbone and its adapter.
 
     Attributes:
-        parameters: entries of the frozen base.
-        trainable: entries of the adapter.
+        parameters: entries of the base.
+        adapter: entries of the adapter.
+        trainable: entries that are trained, of the adapter and of the base.
+        opened: entries of the base among them.
         modules: adapted linear modules.
         base_bytes: memory of the base in its dtype.
         dtype: the base's dtype.
@@ -41,7 +51,9 @@ class Outline:
     """
 
     parameters: int
+    adapter: int
     trainable: int
+    opened: int
     modules: int
     base_bytes: int
     dtype: str
@@ -52,21 +64,37 @@ class Outline:
 
     @property
     def training_bytes(self) -> int:
-        """The base, and for every adapter entry weight, gradient and two Adam moments (float32)."""
-        return self.base_bytes + 16 * self.trainable
+        """Base and adapter, and for what is trained gradient and two Adam moments (float32)."""
+        return self.base_bytes + 4 * self.adapter + 12 * self.trainable
 
     @property
-    def adapter_bytes(self) -> int:
-        """One stored adapter, float32."""
-        return 4 * self.trainable
+    def stored_bytes(self) -> int:
+        """What a task leaves, float32: its adapter, and the base's weights that were trained."""
+        return 4 * (self.adapter + self.opened)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """What a checkpoint holds: what a task leaves, and two Adam moments of what is trained."""
+        return self.stored_bytes + 8 * self.trainable
 
 
-def outline(section: ModelSection, lora: LoraSection) -> Outline:
+def _learns_lora(key: str) -> bool:
+    return not is_more(key)
+
+
+def outline(
+    section: ModelSection, lora: LoraSection, learns: Callable[[str], bool] = _learns_lora
+) -> Outline:
     """Count a model from its config alone, on the meta device.
+
+    Args:
+        section: the recipe's ``model`` section.
+        lora: the recipe's ``lora`` section.
+        learns: given a key of a snapshot, says whether that LoRA matrix or base weight is trained.
 
     Raises:
         DataError: no such model, or one that does not answer in text.
-        UsageError: no module matches ``lora.targets``.
+        UsageError: no module matches ``lora.targets``, or a weight cannot be trained.
         EnvironmentProblem: the device is missing.
     """
     source = source_of(section)
@@ -89,13 +117,19 @@ def outline(section: ModelSection, lora: LoraSection) -> Outline:
         ) from None
     parameters = sum(parameter.numel() for parameter in model.parameters())
     with torch.device("meta"), explain_targets():
-        adapted = get_peft_model(model, lora_config(lora))
-    trainable = [p for p in adapted.parameters() if p.requires_grad]
+        adapted = get_peft_model(model, lora_config(lora), adapter_name=SLOT)
+    adapter = saved_parameters(adapted, SLOT)
+    base = {WEIGHTS + name: p for name, p in base_parameters(adapted).items()}
+    opened = [key for key in base if learns(key)]
+    for key in opened:
+        check_opened(key.removeprefix(WEIGHTS), base[key].dtype)
     positions = getattr(config, "max_position_embeddings", None)
     return Outline(
         parameters=parameters,
-        trainable=sum(parameter.numel() for parameter in trainable),
-        modules=len(trainable) // 2,
+        adapter=sum(parameter.numel() for parameter in adapter.values()),
+        trainable=sum(p.numel() for key, p in (adapter | base).items() if learns(key)),
+        opened=sum(base[key].numel() for key in opened),
+        modules=len(adapter) // 2,
         base_bytes=parameters * dtype.itemsize,
         dtype=str(dtype).removeprefix("torch."),
         device=str(device),

@@ -17,8 +17,13 @@ def require_packing(adapted: AdaptedModel) -> None:
     nothing, so its loss must not change by a single bit, whatever the dtype.
 
     Raises:
-        UsageError: it does change, or the model takes no positions.
+        UsageError: it does change, the model takes no positions, or it is an encoder-decoder.
     """
+    if adapted.backbone.encodes:
+        raise UsageError(
+            f"optim.packing: {adapted.backbone.name} is an encoder-decoder, whose rows are two",
+            "leave optim.packing=false; rows are then grouped by length",
+        )
     vocabulary = int(adapted.backbone.model.config.get_text_config().vocab_size)
     tokens = [3 + n % max(1, vocabulary - 3) for n in range(24)]
     one, other, last = tokens[:8], tokens[8:16], tokens[16:]

@@ -12,6 +12,7 @@ from treelora_cli.models.adapted import AdaptedModel
 from treelora_cli.models.encode import Batch, Example
 from treelora_cli.models.forward import answer_logits, answer_loss
 from treelora_cli.models.snapshot import Snapshot
+from treelora_cli.models.spread import ALL, Spread
 
 Join = Callable[[Sequence[Example]], list[Batch]]
 """Makes batches of rows, within the limits of a forward pass."""
@@ -23,11 +24,13 @@ class Probe:
     Args:
         adapted: the model.
         join: makes batches of rows.
+        spread: how gradients are worked out by several processes; all must ask the same.
     """
 
-    def __init__(self, adapted: AdaptedModel, join: Join) -> None:
+    def __init__(self, adapted: AdaptedModel, join: Join, spread: Spread = ALL) -> None:
         self._adapted = adapted
         self._join = join
+        self._spread = spread
 
     def batches(self, rows: Sequence[Example]) -> list[Batch]:
         """Return rows as batches on the model's device."""
@@ -44,11 +47,18 @@ class Probe:
 
     def gradient(self, rows: Sequence[Example]) -> list[Tensor]:
         """Return the gradient of the mean answer loss at the live weights; see mean_gradient."""
-        return mean_gradient(self._adapted, self._join(rows))
+        mine, tokens = self._mine(rows)
+        return mean_gradient(self._adapted, mine, tokens, self._spread)
 
     def gradient_under(self, rows: Sequence[Example], snapshot: Snapshot) -> list[Tensor]:
         """Return ``gradient`` at a snapshot's weights; the live weights stay as they were."""
-        return gradient_under(self._adapted, self._join(rows), snapshot)
+        mine, tokens = self._mine(rows)
+        return gradient_under(self._adapted, mine, snapshot, tokens, self._spread)
+
+    def _mine(self, rows: Sequence[Example]) -> tuple[Sequence[Batch], int]:
+        """Return this process's batches of rows, and the answer tokens of all of them."""
+        batches = self._join(rows)
+        return self._spread.mine(batches), sum(batch.answer_tokens for batch in batches)
 
     def logits(self, batch: Batch) -> Tensor:
         """Return the logits where a batch's answers are predicted, [n, vocabulary].
@@ -72,14 +82,18 @@ class Probe:
             self._adapted.restore(live)
 
 
-def mean_gradient(adapted: AdaptedModel, batches: Sequence[Batch]) -> list[Tensor]:
+def mean_gradient(
+    adapted: AdaptedModel, batches: Sequence[Batch], tokens: int | None = None, spread: Spread = ALL
+) -> list[Tensor]:
     """Return the gradient of the mean answer loss at the live weights.
 
     Without dropout, so that no random number is drawn; ``.grad`` is neither read nor written.
 
     Args:
         adapted: the model.
-        batches: at least one.
+        batches: this process's, at least one in all.
+        tokens: answer tokens of all processes' batches; None: those of ``batches``.
+        spread: adds up what the processes find.
 
     Returns:
         One tensor for each of ``adapted.parameters()``, of its shape; zero where the loss does not
@@ -87,7 +101,7 @@ def mean_gradient(adapted: AdaptedModel, batches: Sequence[Batch]) -> list[Tenso
     """
     parameters = adapted.parameters()
     total = [torch.zeros_like(parameter) for parameter in parameters]
-    tokens = sum(batch.answer_tokens for batch in batches)
+    tokens = tokens or sum(batch.answer_tokens for batch in batches)
     with adapted.evaluating():
         for batch in batches:
             loss = answer_loss(adapted, batch.to(adapted.device)) / tokens
@@ -96,16 +110,20 @@ def mean_gradient(adapted: AdaptedModel, batches: Sequence[Batch]) -> list[Tenso
                 held if part is None else held + part
                 for held, part in zip(total, parts, strict=True)
             ]
-    return total
+    return [spread.sum(part) for part in total]
 
 
 def gradient_under(
-    adapted: AdaptedModel, batches: Sequence[Batch], snapshot: Snapshot
+    adapted: AdaptedModel,
+    batches: Sequence[Batch],
+    snapshot: Snapshot,
+    tokens: int | None = None,
+    spread: Spread = ALL,
 ) -> list[Tensor]:
     """Return ``mean_gradient`` at a snapshot's weights; the live weights stay as they were."""
     live = adapted.snapshot()
     adapted.restore(snapshot)
     try:
-        return mean_gradient(adapted, batches)
+        return mean_gradient(adapted, batches, tokens, spread)
     finally:
         adapted.restore(live)

@@ -1,4 +1,4 @@
-"""What a model reads of prompts: their tokens, behind the soft prompts of a condition if it has one.
+"""What a model reads of prompts: their tokens, and before them the soft prompts of a condition.
 
 Soft prompts are put before the first real token of a row, as embeddings: where the model's own
 embedding layer gives those of tokens, scaled if it scales them.
@@ -19,6 +19,9 @@ from treelora_cli.errors import UsageError
 from treelora_cli.models.adapted import AdaptedModel
 from treelora_cli.recipe import DataSection
 
+Inputs = dict[str, Any]
+"""Arguments of a model."""
+
 
 @dataclass(frozen=True, slots=True)
 class Reading:
@@ -32,13 +35,13 @@ class Reading:
     ids: Tensor
     mask: Tensor | None
 
-    def inputs(self) -> dict[str, Tensor]:
+    def inputs(self) -> Inputs:
         """Return the model's arguments."""
         inputs = {"input_ids": self.ids}
         return inputs if self.mask is None else inputs | {"attention_mask": self.mask}
 
 
-def at_the_start(model: Any, soft: Tensor, reading: Reading) -> dict[str, Tensor]:
+def at_the_start(model: Any, soft: Tensor, reading: Reading) -> Inputs:
     """Return the model's arguments for soft prompts and the rows behind them.
 
     Args:
@@ -58,7 +61,7 @@ def at_the_start(model: Any, soft: Tensor, reading: Reading) -> dict[str, Tensor
     return inputs
 
 
-def behind_padding(model: Any, soft: Tensor, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+def behind_padding(model: Any, soft: Tensor, ids: Tensor, mask: Tensor) -> Inputs:
     """Return the arguments of ``at_the_start`` for rows padded on the left.
 
     Padding stays leftmost, so that a window over the last tokens holds no padding.
@@ -84,7 +87,7 @@ def embed(model: Any, ids: Tensor) -> Tensor:
 
 
 @contextmanager
-def answering(adapted: AdaptedModel, ids: Tensor, mask: Tensor) -> Iterator[dict[str, Tensor]]:
+def answering(adapted: AdaptedModel, ids: Tensor, mask: Tensor) -> Iterator[Inputs]:
     """Enclose the answering of one batch of prompts, which the condition sees first.
 
     Args:
@@ -118,7 +121,7 @@ def soft_width(adapted: AdaptedModel) -> int:
 
 
 def most_rows(adapted: AdaptedModel, wanted: int) -> int:
-    """Return the most rows of a batch of answers, as wanted or fewer where the condition says so."""
+    """Return the most rows of a batch of answers: as wanted, or what the condition can take."""
     limit = None if adapted.condition is None else adapted.condition.rows
     return wanted if limit is None else min(wanted, limit)
 

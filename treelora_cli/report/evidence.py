@@ -35,10 +35,15 @@ MEANINGS = {
     "nuclear": "sum of the singular values of ΔW, over the modules",
     "collision": "share of the entries that count as changed in both",
     "overlap": "|U Vᵀ|² / (|U Uᵀ| |V Vᵀ|), U and V the two ΔW: 0 where no input is read by both, "
-    "1 where both read the same",
+    "1 where both read the same inputs alike",
     "cosine": "<U, V> / (|U| |V|), U and V the two ΔW: 0 where they are orthogonal",
 }
 """What each number means, in one line."""
+
+MEANS_TITLE = "What the tasks added to the weights"
+MEANS_MEANING = "Means over tasks (density and norms) and over pairs of tasks (the others)."
+MEAN_HEADS = EVIDENCE_HEADS | {"cosine": "|cosine|"}
+"""What the mean of each number is called: of the cosine it is that of its size."""
 
 _PARTS = {
     DIFFERENCE: "ΔW of a task is the weight change after it less that after the task before it",
@@ -56,11 +61,26 @@ def counted(evidence: Evidence) -> str:
     """Which entries count as changed."""
     if not evidence.threshold:
         return "An entry counts as changed where it is not 0."
-    left = 100 * evidence.threshold**2
-    return (
-        f"An entry counts as changed above {evidence.threshold:g} root mean squares of its task’s "
-        f"ΔW: those below hold less than {left:.3g} % of its squared norm."
+    said = (
+        f"An entry counts as changed above {evidence.threshold:g} of the root mean square of its "
+        "task’s ΔW"
     )
+    left = 100 * evidence.threshold**2
+    if left < 100:
+        said += f": those below hold less than {left:.3g} % of its squared norm"
+    return f"{said}."
+
+
+def figure_title(key: str) -> str:
+    """The title of the picture of a number of two tasks."""
+    name, comma, unit = EVIDENCE_HEADS[key].partition(",")
+    return f"{name.capitalize()} of two tasks{comma}{unit}"
+
+
+def sentence(key: str) -> str:
+    """What a number means, with a capital and a full stop."""
+    text = MEANINGS[key]
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def shown(key: str, value: float | None) -> str:
@@ -70,7 +90,7 @@ def shown(key: str, value: float | None) -> str:
     if key in ("density", "collision"):
         return _share(100 * value)
     if key in ("norm", "nuclear"):
-        return f"{value:.4g}" if value < 1000 else f"{value:,.0f}"
+        return f"{value:#.4g}" if value < 1000 else f"{value:,.0f}"
     text = f"{value:+.3f}" if key == "cosine" else f"{value:.3f}"
     # Rounding leaves a sign that says nothing.
     return text if float(text) else "0.000"
@@ -86,27 +106,30 @@ def task_rows(evidence: Evidence) -> list[tuple[int, str, list[str]]]:
     """One row for each task: its number in the stream, its name, the numbers of TASK_KEYS."""
     columns = [getattr(evidence, key) for key in TASK_KEYS]
     return [
-        (place + 1, name, [shown(key, column[i]) for key, column in zip(TASK_KEYS, columns, strict=True)])
+        (
+            place + 1,
+            name,
+            [shown(key, column[i]) for key, column in zip(TASK_KEYS, columns, strict=True)],
+        )
         for i, (place, name) in enumerate(zip(evidence.places, evidence.names, strict=True))
     ]
 
 
 def means_line(evidence: Evidence) -> str:
     """The means over tasks and over pairs, in one line."""
-    tasks = [f"{EVIDENCE_HEADS[key]} {shown(key, evidence.mean(key))}" for key in TASK_KEYS]
-    if not evidence.pairs("collision"):
-        return f"Mean over tasks: {', '.join(tasks)}."
-    pairs = [f"{mean_head(key)} {mean_shown(key, evidence.mean(key))}" for key in PAIR_KEYS]
-    return f"Mean over tasks: {', '.join(tasks)}; over pairs: {', '.join(pairs)}."
+    tasks = ", ".join(_named_mean(evidence, key) for key in TASK_KEYS)
+    if len(evidence.names) < 2:
+        return f"Mean over tasks: {tasks}."
+    pairs = ", ".join(_named_mean(evidence, key) for key in PAIR_KEYS)
+    return f"Mean over tasks: {tasks}; over pairs: {pairs}."
 
 
-def mean_head(key: str) -> str:
-    """What the mean of a number is called: of the cosine it is that of its size."""
-    return "|cosine|" if key == "cosine" else EVIDENCE_HEADS[key]
+def _named_mean(evidence: Evidence, key: str) -> str:
+    name, comma, unit = MEAN_HEADS[key].partition(", ")
+    return f"{name} {_mean_shown(key, evidence.mean(key))}{' ' if comma else ''}{unit}"
 
 
-def mean_shown(key: str, value: float | None) -> str:
-    """A mean as printed."""
+def _mean_shown(key: str, value: float | None) -> str:
     return shown(key, value).lstrip("+")
 
 
@@ -118,15 +141,17 @@ def means(group: Group) -> dict[str, Spread | None]:
     return {key: spread(one.mean(key) for one in known) for key in (*TASK_KEYS, *PAIR_KEYS)}
 
 
+def means_cells(group: Group) -> list[str]:
+    """A group's means as printed, what ΔW is and then as MEAN_HEADS; empty without evidence."""
+    found = means(group)
+    cells = [_plus_minus(key, value) for key, value in found.items()]
+    return [_part(group), *cells] if found else []
+
+
 def means_rows(groups: Sequence[Group]) -> list[tuple[Group, list[str]]]:
-    """Groups with evidence, each with its means as printed, in the order of MEAN_HEADS."""
-    rows = []
-    for group in groups:
-        found = means(group)
-        if found:
-            cells = [_plus_minus(key, value) for key, value in found.items()]
-            rows.append((group, [_part(group), *cells]))
-    return rows
+    """The groups that have evidence, each with its means as printed."""
+    rows = [(group, means_cells(group)) for group in groups]
+    return [(group, cells) for group, cells in rows if cells]
 
 
 def _part(group: Group) -> str:
@@ -137,10 +162,5 @@ def _part(group: Group) -> str:
 def _plus_minus(key: str, value: Spread | None) -> str:
     if value is None:
         return NOT_MEASURED
-    mean = mean_shown(key, value.mean)
-    return mean if value.std is None else f"{mean} ± {mean_shown(key, value.std)}"
-
-
-MEAN_HEADS = ("ΔW", *(mean_head(key) for key in (*TASK_KEYS, *PAIR_KEYS)))
-MEANS_TITLE = "What the tasks added to the weights"
-MEANS_MEANING = "Means over tasks (density, norms) and over pairs of tasks (the others)."
+    mean = _mean_shown(key, value.mean)
+    return mean if value.std is None else f"{mean} ± {_mean_shown(key, value.std)}"

@@ -10,15 +10,16 @@ from rich.text import Text
 from treelora_cli.report.evidence import (
     EVIDENCE_HEADS,
     MEAN_HEADS,
-    MEANINGS,
     MEANS_MEANING,
     MEANS_TITLE,
     PAIR_KEYS,
     TASK_KEYS,
     TITLE,
     compared,
+    figure_title,
     means_line,
     means_rows,
+    sentence,
     shown,
     task_rows,
 )
@@ -65,7 +66,7 @@ def evidence_means(groups: Sequence[Group]) -> Iterator[RenderableType]:
     yield Text()
     table = plain_table()
     table.add_column("method", overflow="fold", min_width=12)
-    for head in MEAN_HEADS:
+    for head in ("ΔW", *MEAN_HEADS.values()):
         table.add_column(head, justify="right", overflow="fold")
     for group, cells in rows:
         table.add_row(Text(marked(group.name, group.synthetic)), *map(Text, cells))
@@ -89,7 +90,7 @@ def _pairs(evidence: Evidence, key: str, width: int) -> Iterator[RenderableType]
     last = len(evidence.names) - 1
     if last < 1:
         return
-    yield Text.assemble((EVIDENCE_HEADS[key], "bold"), (f": {MEANINGS[key]}", "dim"))
+    yield Text.assemble((f"{figure_title(key)}. ", "bold"), (sentence(key), "dim"))
     names = min(NAME_WIDTH, max(map(len, evidence.names)))
     fitting = max(1, (width - names - 5) // _CELL)
     for start in range(0, last, fitting):

@@ -90,7 +90,7 @@ def html(reports: Sequence[RunReport]) -> str:
             reports=reports,
             names=words.legends(reports),
             groups=groups if seeds.repeated(groups) else [],
-            all_groups=groups,
+            evidence_means=evidence.means_rows(groups),
             notices=[*words.notices(reports), *seeds.group_notices(groups)],
             title=_title(reports),
         )

@@ -7,6 +7,13 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from treelora_cli.report.evidence import (
+    MEAN_HEADS,
+    MEANS_MEANING,
+    MEANS_TITLE,
+    TASK_KEYS,
+    means_cells,
+)
 from treelora_cli.report.groups import Spread, explained, final_rows, grouped, repeated
 from treelora_cli.report.model import RunReport
 from treelora_cli.report.words import covers, legends, percent, signed
@@ -58,6 +65,7 @@ _SPECIAL = {
     "×": r"$\times$",
     "→": r"$\rightarrow$",
     "λ": r"$\lambda$",
+    "Δ": r"$\Delta$",
     "·": r"$\cdot$",
     "\u00a0": "~",
 }
@@ -86,6 +94,7 @@ class _Line:
     n: int
     mode: str
     numbers: dict[str, Spread | None]
+    evidence: list[str]
 
 
 def latex(reports: Sequence[RunReport]) -> str:
@@ -100,6 +109,7 @@ def latex(reports: Sequence[RunReport]) -> str:
         *_numbers(lines, _caption(reports, over_seeds, "Scores after continual learning")),
         "",
         *_finals(lines, finals, _caption(reports, over_seeds, "Final score on each task")),
+        *_evidence(lines, _caption(reports, over_seeds, MEANS_TITLE, scored=False)),
     ]
     return "\n".join(parts) + "\n"
 
@@ -135,20 +145,27 @@ def _contents(
     # Where every group is one run, it has the name that it has in the other formats.
     names = [group.name for group in groups] if over_seeds else legends(reports)
     lines = [
-        _Line(name, group.n, group.first.mode, {key: group.number(key) for key in _HEADS})
+        _Line(
+            name,
+            group.n,
+            group.first.mode,
+            {key: group.number(key) for key in _HEADS},
+            means_cells(group),
+        )
         for name, group in zip(names, groups, strict=True)
     ]
     return lines, final_rows(groups), over_seeds
 
 
-def _caption(reports: Sequence[RunReport], over_seeds: str, title: str) -> str:
+def _caption(
+    reports: Sequence[RunReport], over_seeds: str, title: str, *, scored: bool = True
+) -> str:
     models = ", ".join(dict.fromkeys(escaped(report.model) for report in reports))
     modes = ", ".join(dict.fromkeys(escaped(report.mode) for report in reports))
     reach = ", ".join(dict.fromkeys(covers(report) for report in reports))
-    facts = [
-        f"{title} with {models}, {reach}",
-        rf"full test split, $\times$\,100, adapter mode {modes}",
-    ]
+    facts = [f"{title} with {models}, {reach}"]
+    if scored:
+        facts.append(rf"full test split, $\times$\,100, adapter mode {modes}")
     if over_seeds:
         facts.append(escaped(over_seeds))
     if any(report.synthetic for report in reports):
@@ -194,6 +211,21 @@ def _finals(
         ]
         tabulars.append(_tabular("l" + "r" * len(part), head, rows))
     yield from _table(caption, "tab:treelora-finals", tabulars)
+
+
+def _evidence(lines: Sequence[_Line], caption: str) -> Iterator[str]:
+    """The means of the evidence, where a method has any: those over tasks, then over pairs."""
+    shown = [line for line in lines if line.evidence]
+    if not shown:
+        return
+    heads = ["ΔW", *MEAN_HEADS.values()]
+    tabulars = []
+    for part in (slice(0, 1 + len(TASK_KEYS)), slice(1 + len(TASK_KEYS), None)):
+        head = ["Method", *map(escaped, heads[part])]
+        rows = [[escaped(cell) for cell in (line.name, *line.evidence[part])] for line in shown]
+        tabulars.append(_tabular("l" + "r" * (len(head) - 1), head, rows))
+    yield ""
+    yield from _table(f"{caption} {MEANS_MEANING}", "tab:treelora-evidence", tabulars)
 
 
 def _stretches(widths: Sequence[int], room: int) -> list[list[int]]:

@@ -8,15 +8,16 @@ from collections.abc import Iterator, Sequence
 from treelora_cli.report.evidence import (
     EVIDENCE_HEADS,
     MEAN_HEADS,
-    MEANINGS,
     MEANS_MEANING,
     MEANS_TITLE,
     PAIR_KEYS,
     TASK_KEYS,
     TITLE,
     compared,
+    figure_title,
     means_line,
     means_rows,
+    sentence,
     shown,
     task_rows,
 )
@@ -212,10 +213,13 @@ def _evidence(evidence: Evidence) -> Iterator[str]:
     if not evidence.names:
         return
     yield escaped(compared(evidence))
-    rows = [[str(number), escaped(name), *map(escaped, cells)] for number, name, cells in task_rows(evidence)]
+    rows = [
+        [str(number), escaped(name), *map(escaped, cells)]
+        for number, name, cells in task_rows(evidence)
+    ]
     yield table(["#", "task", *(EVIDENCE_HEADS[key] for key in TASK_KEYS)], rows, left=2)
     for key in PAIR_KEYS if len(evidence.names) > 1 else ():
-        yield f"**{EVIDENCE_HEADS[key]}**: {escaped(MEANINGS[key])}."
+        yield f"**{figure_title(key)}.** {escaped(sentence(key))}"
         yield _triangle(evidence, key)
     yield escaped(means_line(evidence))
 
@@ -226,7 +230,10 @@ def _triangle(evidence: Evidence, key: str) -> str:
     rows = [
         [
             f"{numbers[i]} {escaped(evidence.names[i])}",
-            *(escaped(shown(key, value)) if j < i else "" for j, value in enumerate(values[i][:-1])),
+            *(
+                escaped(shown(key, value)) if j < i else ""
+                for j, value in enumerate(values[i][:-1])
+            ),
         ]
         for i in range(1, len(numbers))
     ]
@@ -240,7 +247,7 @@ def _evidence_means(groups: Sequence[Group]) -> list[str]:
     ]
     if not rows:
         return []
-    head = ["method", *map(escaped, MEAN_HEADS)]
+    head = ["method", "ΔW", *map(escaped, MEAN_HEADS.values())]
     return [f"## {MEANS_TITLE}", MEANS_MEANING, table(head, rows)]
 
 

@@ -10,19 +10,20 @@ from torch import Tensor
 
 from treelora_cli.engine.adapters import Place, load_adapter, load_config, trained_places
 from treelora_cli.models.evidence import THRESHOLD, Adapter, Change, added, evidence
-from treelora_cli.models.snapshot import is_more
+from treelora_cli.models.snapshot import is_more, lora_of
 from treelora_cli.report.model import DIFFERENCE, JOINT, OWN, Evidence, Pairs
 from treelora_cli.report.words import clean
 from treelora_cli.rundir.layout import RunDir
 from treelora_cli.rundir.merged import read_merged
 
 Progress = Callable[[str, int, int], None]
-"""Told what is being done, and how many of how many are done."""
+"""Told what has been done, how often, and how often it will be."""
 
 _OWN_MODES = ("own", "route")
 _AT_ONCE = "all tasks were learned at once: none has a part of its own"
 _NO_LORA = "there is no LoRA adapter to compare"
-_MORE = "weights that were trained without LoRA are not in it"
+_NO_CHANGE = "no LoRA adapter of the run changes anything"
+_MORE = "what was trained beside LoRA is not in it"
 
 
 def measure(run_path: Path, threshold: float | None, progress: Progress) -> Evidence:
@@ -55,8 +56,10 @@ def measure(run_path: Path, threshold: float | None, progress: Progress) -> Evid
     if not any(changes):
         return _nothing(part, marks, [*notes, _NO_LORA])
     found = evidence(
-        changes, marks, progress=lambda done, of: progress("comparing modules", done, of)
+        changes, marks, progress=lambda done, of: progress("modules compared", done, of)
     )
+    if not any(found.norm.tolist()):
+        return _nothing(part, marks, [*notes, _NO_CHANGE])
     return Evidence(
         part=part,
         threshold=marks,
@@ -105,7 +108,7 @@ def _changes(
     more = False
     loaded: dict[int, Adapter] = {}
     for done, (index, name) in enumerate(places):
-        progress("reading adapters", done, len(places))
+        progress("adapters read", done, len(places))
         before = None
         if part == DIFFERENCE and index > 0:
             before = loaded.get(index - 1) or _adapter(run, index - 1, names[index - 1])
@@ -113,12 +116,14 @@ def _changes(
         more = more or any(is_more(key) for key in after.tensors)
         changes.append(added(after, before))
         loaded = {index: after}
-    progress("reading adapters", len(places), len(places))
+    progress("adapters read", len(places), len(places))
     return changes, more
 
 
 def _adapter(run: RunDir, index: int, name: str) -> Adapter:
     tensors = load_adapter(run, index, name)
+    if not lora_of(tensors):
+        return Adapter(tensors, 1.0)
     config = load_config(run, index, name)
     return Adapter(tensors, config["lora_alpha"] / config["r"])
 

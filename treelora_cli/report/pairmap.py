@@ -33,7 +33,7 @@ def pairmap(evidence: Evidence, key: str) -> Markup | None:
     if tasks < 2:
         return None
     size = _size(evidence)
-    parts = [element("text", "and task", x=size.label + 2, y=12, class_="axis")]
+    parts = [element("text", "with task", x=size.label + 2, y=12, class_="axis")]
     for j in range(tasks - 1):
         x = size.label + j * size.width
         parts.append(column_head(evidence.names[j], evidence.places[j] + 1, x, size))
