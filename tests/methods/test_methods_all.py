@@ -22,6 +22,8 @@ SETTINGS: dict[str, list[str]] = {
     # At 1e-3 both tasks still learn the same: to answer at all. Nothing conflicts.
     "gem": ["optim.lr=5e-3"],
     "agem": ["optim.lr=5e-3"],
+    # Every single answer takes that many steps on that many rows.
+    "mbpa": ["method.steps=2", "method.neighbours=4"],
 }
 
 

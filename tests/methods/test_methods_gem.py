@@ -49,8 +49,11 @@ def test_the_program_is_solved_exactly(margin: float) -> None:
     random = np.random.default_rng(0)
     solved = 0
     for trial in range(300):
-        count, width = random.integers(1, 6), random.integers(1, 9)
-        G = random.normal(size=(count, width)) * 10 ** random.uniform(-2, 2, size=(count, 1))
+        count, width = random.integers(1, 7), random.integers(1, 7)
+        G = random.normal(size=(count, width))
+        if trial % 2:
+            G += 2 * random.normal(size=width)  # alike: one constraint may stand for another
+        G *= 10 ** random.uniform(-2, 2, size=(count, 1))
         if trial % 3 == 0 and count > 1:
             G[1] = G[0] * random.choice([-1, 1, 3])  # dependent: no unique v
         if trial % 7 == 0:

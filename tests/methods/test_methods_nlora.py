@@ -61,7 +61,8 @@ def test_the_released_product_is_refused_where_it_does_not_exist(tiny_model: Pat
 
 
 def test_the_released_product_where_it_does(tiny_model: Path) -> None:
-    method = start(NLora, tiny_model, {"product": "AB"}, targets=("q_proj", "o_proj"))
+    settings = {"product": "AB", "lambda": 0.4}
+    method = start(NLora, tiny_model, settings, targets=("q_proj", "o_proj"))
     method.begin_task(task(0))
     move(method.model, 9)
     penalty = method.penalty(step())

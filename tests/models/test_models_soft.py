@@ -249,7 +249,7 @@ def test_a_window_that_soft_tokens_fill_is_not_read_over(tmp_path: Path) -> None
     encoder = encoder_of(model)
     read = len(encoder.prompt("a" * 6)[0])
     behind = sum(len(encoder._ids(" " + label)) for label in LABELS)
-    model.condition = Prompted(model, 24 - read - behind + 1)
+    model.condition = Prompted(model, 22)
     assert takes_label_masks(model.backbone.model, read + behind)
     assert not takes_label_masks(model.backbone.model, read + behind + model.condition.width)
     together = next(score_batches(model, encoder, ["a" * 6], LABELS, " ", 1))[0]

@@ -113,22 +113,29 @@ def train_stream(
         "limit": limit,
     }
     asked = Asked(recipe, settings or [], _given(flags), tasks == "-", dry_run, as_json)
+    _start(asked, run_dir, methods, seeds, nproc)
+
+
+def _start(
+    asked: Asked, run_dir: Path, methods: str | None, seeds: str | None, nproc: int | None
+) -> None:
+    """Train in as many processes as were asked for, whoever starts them."""
     several = launched() or (nproc or 1) > 1
-    if asked.arriving and (methods or seeds or dry_run or several):
+    if asked.arriving and (methods or seeds or asked.dry_run or several):
         raise UsageError(
             "--tasks - cannot be combined with --methods, --seeds, --dry-run or several processes",
             "name the tasks, or put them into a file: --tasks @FILE",
         )
-    if several and not (launched() or dry_run):
+    if several and not (launched() or asked.dry_run):
         raise typer.Exit(launch(nproc or 1))
-    if dry_run:
+    if asked.dry_run:
         _all(asked, run_dir, methods, seeds, None)
     else:
         from treelora_cli.engine.world import joined
 
         with joined(nproc) as world:
             _all(asked, run_dir, methods, seeds, world)
-    if not (as_json or dry_run) and rank() == 0:
+    if not (asked.as_json or asked.dry_run) and rank() == 0:
         write_out(str(run_dir))
 
 

@@ -45,7 +45,8 @@ def build_encoder(adapted: AdaptedModel, data: DataSection) -> Encoder:
         UsageError: prompt and answer together exceed the model's positions, or the tokenizer has
             no chat template and the recipe asks for it.
     """
-    return encoder_for(adapted.backbone.tokenizer, data, adapted.backbone.positions)
+    backbone = adapted.backbone
+    return encoder_for(backbone.tokenizer, data, backbone.positions, encodes=backbone.encodes)
 
 
 def has_labels(task: Task) -> bool:

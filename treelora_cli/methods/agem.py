@@ -71,8 +71,8 @@ class Agem(Episodic):
         Departure(
             "rows read at a step",
             "a random batch of the memory",
-            "up to 256 or more, by data set",
-            "drawn=32, as many as a usual batch; without dropout",
+            "256 rows (permuted MNIST)",
+            "drawn=32; without dropout",
         ),
         Departure(
             "optimizer",

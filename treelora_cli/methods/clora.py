@@ -27,7 +27,7 @@ from torch import Tensor
 
 from treelora_cli.methods._products import product_penalty
 from treelora_cli.methods._sums import Pair, SummedLora
-from treelora_cli.methods.base import MethodSettings, StepContext
+from treelora_cli.methods.base import Departure, MethodSettings, StepContext
 
 
 class CLoraSettings(MethodSettings):
@@ -56,6 +56,33 @@ class CLora(SummedLora):
         ]
         # Both changes carry the scale, and their product is squared.
         return self.settings.strength * self.model.scale**4 * torch.stack(found).sum()
+
+    departures = (
+        Departure(
+            "what is adapted",
+            "keys and values of Stable Diffusion's cross-attention",
+            "not released",
+            "lora.targets",
+        ),
+        Departure(
+            "prompts",
+            "a learned token for every concept, and no word for the object",
+            "not released",
+            "the rows' own text alone",
+        ),
+        Departure(
+            "scale",
+            "a change is B A",
+            "not released",
+            "a change is s B A, s = alpha / rank: the weights' own; the penalty grows with s^4",
+        ),
+        Departure(
+            "lambda",
+            "1e8, from a sweep on images",
+            "not released",
+            "LAMBDA_HERE",
+        ),
+    )
 
 
 def _collision(past: Pair, change: Tensor, rows: slice) -> tuple[Tensor, Tensor]:

@@ -50,8 +50,9 @@ class DualPromptSettings(MethodSettings):
         1.0, description="weight of the term that pulls the task's key to its queries (lambda)"
     )
     rate: Annotated[float, Field(gt=0)] = Field(
-        10.0,
-        description="learning rate of prompts and key over optim.lr, which is LoRA's",
+        300.0,
+        description="learning rate of prompts and key over optim.lr, which is LoRA's: "
+        "L2P's 0.03 at the usual 1e-4",
     )
 
 

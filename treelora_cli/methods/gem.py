@@ -38,7 +38,7 @@ class GemSettings(EpisodicSettings):
     """GEM's own settings."""
 
     drawn: Drawn = Field(
-        32,
+        16,
         description="rows of every earlier task that are read at each step, drawn anew; all: the "
         "whole memory, as in the paper",
     )

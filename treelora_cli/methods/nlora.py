@@ -7,8 +7,8 @@ the first task on and summed over the adapted modules:
 
     lambda ||B_n A_n||_1                (the paper's A B, in PEFT's order of the factors)
 
-with no scale in front of B A, as in the released code that lambda is from. A subgradient makes few
-entries exactly zero, but most of them small.
+with no scale in front of B A, as in the released code. A subgradient makes few entries exactly
+zero, but most of them small.
 
 Stored per task: the sum, one LoRA of rank n r. Cost: reading and answering add a LoRA of rank n r,
 which grows with the tasks; the penalty 3 r d_in d_out multiplications a module and step, which does
@@ -34,7 +34,10 @@ class NLoraSettings(MethodSettings):
     """N-LoRA's own settings."""
 
     strength: Annotated[float, Field(ge=0)] = Field(
-        0.4, alias="lambda", description="weight of the L1 norm; the scripts' for orders 1-3"
+        1e-3,
+        alias="lambda",
+        description="weight of the L1 norm; the scripts' 0.4 to 1.8 belong to product=AB, a sum of "
+        "far fewer entries",
     )
     product: Literal["BA", "AB"] = Field(
         "BA",
@@ -83,10 +86,10 @@ class NLora(SummedLora):
         ),
         Departure(
             "lambda",
-            "chosen by order",
-            "0.4 for orders 1-3; 0.4 or 1.2 by task, 0.55 and 1.8 for orders 4, 5 and 6, all with "
-            "the [r, r] product",
-            "one number, 0.4 by default",
+            "a number",
+            "0.4 for orders 1-3; 0.4 or 1.2 by task, 0.55 and 1.8 for orders 4, 5 and 6: for a sum "
+            "over [r, r], which hardly grows with the model",
+            "one number; 1e-3 by default, for a sum over [d_out, d_in]",
         ),
         Departure(
             "end of a task",

@@ -104,8 +104,8 @@ def prompt_features(
     """Return the features of prompts, from the base without its adapter and without logits.
 
     Of an encoder-decoder it is the encoder that reads. Batching and padding change features by
-    rounding only. Every layer's hidden states of a batch are
-    held at once: at 256 tokens, 8 prompts and a 7B model in bfloat16 about half a gigabyte.
+    rounding only. Every layer's hidden states of a batch are held at once: at 256 tokens, 8 prompts
+    and a 7B model in bfloat16 about half a gigabyte.
 
     Args:
         adapted: the model; its live adapter, mode and trainability are as before afterwards.
