@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from treelora_cli.bench import ablation, data, evaluate, startup, step, tasks, trees
+from treelora_cli.bench import ablation, data, evaluate, scale, startup, step, tasks, trees
 from treelora_cli.bench.document import Document, Section
 from treelora_cli.bench.machine import machine
 from treelora_cli.bench.part import Part, Plan, Say
@@ -21,11 +21,12 @@ PARTS: dict[str, Part] = {
         evaluate.PART,
         trees.PART,
         startup.PART,
+        scale.PART,
         ablation.PART,
     )
 }
-BY_NAME_ONLY = {ablation.PART.name}
-"""Parts that ``all`` leaves out: they need a base, data and hours."""
+BY_NAME_ONLY = {scale.PART.name, ablation.PART.name}
+"""Parts that ``all`` leaves out: one measures nothing, one needs a base, data and hours."""
 
 
 def choose(names: Sequence[str]) -> list[Part]:
@@ -64,7 +65,7 @@ def measure(parts: Sequence[Part], plan: Plan, say: Say) -> Document:
         "models": "random weights",
         "signatures": "synthetic",
     }
-    if any(part.name in BY_NAME_ONLY for part in parts):
+    if any(part.name == ablation.PART.name for part in parts):
         settings |= {"models": plan.model, "signatures": "real"}
     document = Document(machine(plan.device), settings)
     for part in parts:

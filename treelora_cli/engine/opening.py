@@ -142,7 +142,8 @@ def append_task(run: RunDir, recipe: Recipe, name: str) -> tuple[Recipe, Task]:
 def _load_model(recipe: Recipe, method: Method) -> AdaptedModel:
     """Load the model and let recipe and method meet it, since they may not fit its shape."""
     adapted = method.build(load_backbone(recipe.model), recipe.lora, recipe.stream.seed)
-    encoder_for(adapted.backbone.tokenizer, recipe.data, adapted.backbone.positions)
+    backbone = adapted.backbone
+    encoder_for(backbone.tokenizer, recipe.data, backbone.positions, encodes=backbone.encodes)
     if recipe.optim.packing:
         require_packing(adapted)
     start_method(method, recipe, adapted)
