@@ -38,6 +38,11 @@ class ModelSection(Section):
         "auto",
         description="auto: flash_attention_2 if installed and on CUDA, else the model's best",
     )
+    quantization: Literal["none", "nf4", "int8"] = Field(
+        "none",
+        description="the base's linear layers in 4 or 8 bits, by bitsandbytes; model.dtype is then "
+        "that of the rest and of the computing",
+    )
 
 
 class StreamSection(Section):
@@ -85,6 +90,11 @@ class OptimSection(Section):
         False,
         description="a forward pass reads its rows as one sequence without padding; each row sees "
         "itself alone",
+    )
+    gradient_checkpointing: bool = Field(
+        False,
+        description="keep each layer's input only and compute the layer again in the backward "
+        "pass: much less memory, about a third more time, the same gradients",
     )
     warmup_steps: int = Field(0, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -418,10 +428,13 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
     """List ``key: old -> new`` for settings that differ and would change a run's meaning.
 
     The tasks may grow, and the places of model and data may move: their contents are compared by
-    fingerprint elsewhere.
+    fingerprint elsewhere. What spares memory may change, so that a run that was out of it can go
+    on: how a step's rows are spread over passes is seen by rounding, by dropout's draws and by
+    methods that count passes.
     """
     free = {"stream.tasks", "model.name", "data.path", "eval.batch_size", "eval.batch_tokens"}
     free |= {"storage.form", "route.prompts", "route.threshold", "processes.engine"}
+    free |= {"optim.gradient_checkpointing", "optim.micro_batch_size", "optim.micro_batch_tokens"}
     left, right = _flat(old.to_dict()), _flat(new.to_dict())
     return [
         f"{key}: {left.get(key)!r} -> {right.get(key)!r}"

@@ -155,6 +155,7 @@ def test_an_exported_folder_and_the_weights_beside_it_are_the_model(
     assert outcome.code == 0, outcome
     assert f"what else was trained is in {WEIGHTS_FILE}" in caplog.text
     folder = tmp_path / "out" / "beta"
+    assert (folder / WEIGHTS_FILE).is_file()
     base = AutoModelForCausalLM.from_pretrained(place / "model")
     weights = {
         key.removeprefix(WEIGHTS): value for key, value in load_file(folder / WEIGHTS_FILE).items()

@@ -132,3 +132,31 @@ def scored_again_from_disk(treelora, name: str, run: Path, again: Path) -> None:
     found = [{k: cell[k] for k in key} for cell in after["cells"]]
     assert found
     assert all(cell in known for cell in found), (found, known)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_every_method_on_an_encoder_decoder(treelora, tiny_t5, toy_data, tmp_path, name) -> None:
+    """It trains, acts and answers from disk there too, or refuses in one line."""
+    run = tmp_path / "run"
+    more = ["--set", "lora.targets=[q,v]"] if name == "treelora-official" else []
+    outcome = treelora(*arguments(name, tiny_t5, toy_data, run), *more)
+    if outcome.code == 2:
+        assert "error:" in outcome.err
+        assert not run.exists()
+        return
+    assert outcome.code == 0, outcome
+    acts_on_the_second_task(name, run)
+    scored_again_from_disk(treelora, name, run, tmp_path / "again")
+
+
+@pytest.mark.parametrize("name", ["l2p", "dualprompt", "sapt"])
+def test_packed_rows_have_no_prompts_of_their_own(
+    treelora, tiny_model, toy_data, tmp_path, name
+) -> None:
+    run = tmp_path / "run"
+    packed = ["--set", "optim.packing=true"]
+    outcome = treelora(*arguments(name, tiny_model, toy_data, run), *packed)
+    assert outcome.code == 2
+    assert "optim.packing" in outcome.err
+    assert not run.exists()

@@ -20,7 +20,7 @@ SCALE = 2.0  # alpha / rank
 def test_the_penalty_is_of_the_dense_changes(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, base: str
 ) -> None:
-    monkeypatch.setattr(_products, "MOST_ENTRIES", 160)  # five rows at a time
+    monkeypatch.setattr(_products, "CPU_ENTRIES", 160)  # five rows at a time
     method = start(CLora, request.getfixturevalue(base), {"lambda": 3.0})
     owns = [learn(method, index)[1] for index in range(2)]
     method.begin_task(task(2))

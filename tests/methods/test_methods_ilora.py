@@ -14,8 +14,10 @@ from treelora_cli.errors import RunDirError, UsageError
 from treelora_cli.methods._memory import Memory, draw, reservoir
 from treelora_cli.methods.base import EFFECT, StoredTask, TaskMemory
 from treelora_cli.methods.ilora import OTHER, ILora
+from treelora_cli.models import forward
 from treelora_cli.models.adapted import AdaptedModel
-from treelora_cli.models.encode import Example
+from treelora_cli.models.encode import Example, collate
+from treelora_cli.models.hidden import answer_hidden
 from treelora_cli.recipe import LoraSection
 
 SECTION = LoraSection(rank=3, alpha=6, dropout=0.0)
@@ -212,3 +214,15 @@ def test_what_is_missing_or_cannot_be_compared_is_said(tiny_model: Path, monkeyp
     with pytest.raises(UsageError, match="output layer reads"):
         meet(ILora, method.model, SECTION)
     meet(ILora, method.model, SECTION, {"compare": "logits"})
+
+
+def test_hidden_states_are_the_same_where_a_model_computes_all_logits(
+    tiny_model: Path, monkeypatch
+) -> None:
+    model = start(ILora, tiny_model).model
+    batch = collate(rows(4, 0), 0)
+    hidden, logits = answer_hidden(model, batch)
+    monkeypatch.setattr(forward, "forward_parameters", lambda _: frozenset())
+    for found, wanted in zip(answer_hidden(model, batch), (hidden, logits), strict=True):
+        torch.testing.assert_close(found, wanted)
+    assert hidden.shape == (len(batch.labels), 32)

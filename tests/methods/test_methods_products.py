@@ -25,7 +25,7 @@ def cubes(change: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("entries", [1, 5, 11, 1000])
 def test_value_and_derivative_do_not_depend_on_the_blocks(monkeypatch, entries: int) -> None:
-    monkeypatch.setattr(_products, "MOST_ENTRIES", entries)
+    monkeypatch.setattr(_products, "CPU_ENTRIES", entries)
     A, B = factors()
     found = product_penalty(A, B, cubes)
     expected = (torch.arange(1.0, 8.0, dtype=torch.float64)[:, None] * (B @ A) ** 3).sum()
@@ -34,7 +34,7 @@ def test_value_and_derivative_do_not_depend_on_the_blocks(monkeypatch, entries: 
 
 
 def test_no_block_is_larger_than_allowed_and_nothing_large_is_kept(monkeypatch) -> None:
-    monkeypatch.setattr(_products, "MOST_ENTRIES", 64)
+    monkeypatch.setattr(_products, "CPU_ENTRIES", 64)
     A, B = factors(d_out=40, d_in=30)
     seen: list[tuple[int, int]] = []
 

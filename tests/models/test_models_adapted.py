@@ -160,7 +160,7 @@ def test_a_sum_in_two_slots_is_one_adapter_and_a_dense_change(base: Path) -> Non
     two_slots = logits(model)
     whole = model.answer()
     for key, value in whole.items():
-        assert value.equal(torch.cat([part[key] for part in parts], ".lora_B." in key))
+        assert value.equal(torch.cat([part[key] for part in parts], int(".lora_B." in key)))
     with model.beside([whole]) as (name,):
         one_slot = logits(model, [name, name])
     auto = AutoModelForSeq2SeqLM if model.peft.config.is_encoder_decoder else AutoModelForCausalLM

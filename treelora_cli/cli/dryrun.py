@@ -31,9 +31,11 @@ def print_plan(plan: Plan) -> None:
         f"{steps:,} optimizer steps, a base of {plan.parameters:,} parameters, "
         f"{plan.trainable_parameters:,} trainable parameters"
     )
+    free = plan.memory_free_bytes
     out.print(
-        f"memory: at least {_size(plan.memory_bytes)} (weights, adapter, its gradients and Adam "
-        f"moments, logits; not the layers' activations)"
+        f"memory: about {_size(plan.memory_bytes)} (weights, adapter, its gradients and Adam "
+        f"moments, logits, {_size(plan.activation_bytes)} of activations)"
+        + (f", {_size(free)} free" if free is not None else "")
     )
     out.print(f"disk: about {_size(plan.disk_bytes)}, {_size(plan.disk_free_bytes)} free")
     out.print("nothing was run: leave out --dry-run to begin")

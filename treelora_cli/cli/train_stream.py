@@ -33,7 +33,8 @@ def train_stream(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Hub id or folder of a causal language model (default: the built-in tiny base).",
+            help="Hub id or folder of a language model, causal or an encoder-decoder such as T5 "
+            "(default: the built-in tiny base).",
             show_default=False,
         ),
     ] = None,

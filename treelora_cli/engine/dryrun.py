@@ -8,10 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from treelora_cli.engine.forwards import pass_tokens
+from treelora_cli.engine.memory import free_memory, training_need
 from treelora_cli.engine.opening import load_stream_tasks
 from treelora_cli.methods.base import Method, build_method
-from treelora_cli.models.backbone import choose_device
 from treelora_cli.models.encode import Encoder, encoder_for
 from treelora_cli.models.outline import Outline, outline
 from treelora_cli.recipe import Recipe
@@ -51,7 +50,11 @@ class PlannedTask:
 
 @dataclass(frozen=True)
 class Plan:
-    """A planned stream; sizes in bytes."""
+    """A planned stream; sizes in bytes.
+
+    ``memory_bytes`` holds the activations, a soft bound: see ``models.footprint``. A method's own
+    memory (earlier adapters, statistics) is not in it.
+    """
 
     method: str
     model: str
@@ -60,6 +63,8 @@ class Plan:
     parameters: int
     trainable_parameters: int
     memory_bytes: int
+    activation_bytes: int
+    memory_free_bytes: int | None
     disk_bytes: int
     disk_free_bytes: int
     tasks: tuple[PlannedTask, ...]
@@ -88,6 +93,7 @@ def plan_stream(recipe: Recipe, path: Path) -> Plan:
         _planned(task, encoder, status.get(task.name, "new"), work)
         for task, work in zip(tasks, _work(method, recipe, tasks), strict=True)
     )
+    need = training_need(sizes, recipe, max(task.longest for task in planned))
     return Plan(
         method=method.name,
         model=recipe.model.name or "built-in base (synthetic)",
@@ -95,7 +101,9 @@ def plan_stream(recipe: Recipe, path: Path) -> Plan:
         dtype=sizes.dtype,
         parameters=sizes.parameters,
         trainable_parameters=sizes.trainable,
-        memory_bytes=_memory(sizes, recipe, planned),
+        memory_bytes=need.total,
+        activation_bytes=need.activations,
+        memory_free_bytes=free_memory(sizes.device),
         disk_bytes=_disk(sizes, method, planned),
         disk_free_bytes=shutil.disk_usage(_existing(path)).free,
         tasks=planned,
@@ -155,17 +163,3 @@ def _disk(sizes: Outline, method: Method, tasks: Sequence[PlannedTask]) -> int:
     times = [number + 1 if method.answer == "sum" else 1 for number in left]
     checkpoints = KEEP * sizes.checkpoint_bytes if any(task.steps for task in tasks) else 0
     return sizes.stored_bytes * sum(times) + checkpoints
-
-
-def _memory(sizes: Outline, recipe: Recipe, tasks: tuple[PlannedTask, ...]) -> int:
-    """Weights, adapter with gradients and Adam moments, and the logits of one forward pass.
-
-    Activations of the layers are left out: they depend on kernels. The estimate is a lower bound.
-    """
-    optim, longest = recipe.optim, max(task.longest for task in tasks)
-    answer = min(recipe.data.max_answer_tokens, longest) + 1
-    device = choose_device(recipe.model.device).type
-    fitting = max(1, (pass_tokens(optim, device) or longest * optim.batch_size) // longest)
-    rows = min(optim.micro_batch_size, optim.batch_size, fitting)
-    logits = rows * answer * len(sizes.tokenizer) * 4 * 2
-    return sizes.training_bytes + logits

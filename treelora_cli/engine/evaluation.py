@@ -6,9 +6,11 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from treelora_cli.engine.shortage import evaluation_hint, explaining_shortage
 from treelora_cli.engine.signals import StopFlag
 from treelora_cli.models.adapted import MOST_BESIDE, AdaptedModel
 from treelora_cli.models.encode import Encoder, encoder_for
@@ -295,6 +297,7 @@ class Evaluator:
 
         Raises:
             Interrupted: a signal came.
+            EnvironmentProblem: memory ran out.
         """
         encoder = build_encoder(self.adapted, self.data)
 
@@ -303,15 +306,17 @@ class Evaluator:
             self.stop.raise_if_set("stopped while evaluating")
 
         size, tokens = self.plan.batch_size, self.plan.batch_tokens
-        if way.decoding == LIKELIHOOD:
-            return choose_batches(
-                self.adapted, encoder, prompts, way.labels, way.separator, size, before_batch,
-                batch_tokens=tokens, adapters=adapters,
-            )  # fmt: skip
-        return generate_batches(
-            self.adapted, encoder, prompts, way.longest, size, before_batch,
-            batch_tokens=tokens, adapters=adapters,
-        )  # fmt: skip
+        with explaining_shortage("answering", partial(evaluation_hint, self.plan)):
+            if way.decoding == LIKELIHOOD:
+                yield from choose_batches(
+                    self.adapted, encoder, prompts, way.labels, way.separator, size, before_batch,
+                    batch_tokens=tokens, adapters=adapters,
+                )  # fmt: skip
+            else:
+                yield from generate_batches(
+                    self.adapted, encoder, prompts, way.longest, size, before_batch,
+                    batch_tokens=tokens, adapters=adapters,
+                )  # fmt: skip
 
     def measure(
         self, asked: Asked, cell: Cell, answers: list[str], notes: Notes | None = None

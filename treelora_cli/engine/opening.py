@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from treelora_cli.engine.drive import check_drive
 from treelora_cli.engine.environment import versions
 from treelora_cli.engine.merging import tidy
 from treelora_cli.engine.plan import check_tasks
+from treelora_cli.engine.shortage import explaining_shortage, foresee, training_hint
 from treelora_cli.engine.world import ALONE, World
 from treelora_cli.errors import DataError, UsageError
 from treelora_cli.methods.base import Method, StreamContext, build_method
@@ -18,6 +20,8 @@ from treelora_cli.models.adapted import AdaptedModel
 from treelora_cli.models.backbone import Backbone, load_backbone
 from treelora_cli.models.encode import encoder_for
 from treelora_cli.models.packing import require_packing
+from treelora_cli.models.soft import require_condition
+from treelora_cli.models.recompute import recompute_layers
 from treelora_cli.recipe import Recipe
 from treelora_cli.rundir.atomic import write_file
 from treelora_cli.rundir.layout import RunDir
@@ -84,7 +88,7 @@ def open_for_training(recipe: Recipe, path: Path, world: World = ALONE) -> Itera
     exists = (path / "run.json").exists()
     if not world.first:
         tasks = load_stream_tasks(recipe, recipe.stream.tasks)
-        adapted = _load_model(recipe, method)
+        adapted = _load_model(recipe, method, tasks)
         world.wait()
         yield Opened(None, RunDir.open(path), recipe, tasks, adapted, method, world)
         return
@@ -96,7 +100,7 @@ def open_for_training(recipe: Recipe, path: Path, world: World = ALONE) -> Itera
             yield opened
         return
     tasks = load_stream_tasks(recipe, recipe.stream.tasks)
-    adapted = _load_model(recipe, method)
+    adapted = _load_model(recipe, method, tasks)
     with RunLock(path, create=True) as lock:
         run = RunDir.create(path, _new_info(recipe, method, adapted.backbone), recipe.to_yaml())
         _add_tasks(run, tasks)
@@ -110,7 +114,7 @@ def _load(lock: RunLock, recipe: Recipe, path: Path, method: Method, world: Worl
     tidy(run)
     tasks = load_stream_tasks(recipe, recipe.stream.tasks)
     _check_data(run, tasks)
-    adapted = _load_model(recipe, method)
+    adapted = _load_model(recipe, method, tasks)
     check_base(run, adapted.backbone)
     write_file(run.recipe_yaml, recipe.to_yaml())
     _add_tasks(run, tasks)
@@ -139,14 +143,22 @@ def append_task(run: RunDir, recipe: Recipe, name: str) -> tuple[Recipe, Task]:
     return longer, task
 
 
-def _load_model(recipe: Recipe, method: Method) -> AdaptedModel:
+def _load_model(recipe: Recipe, method: Method, tasks: Sequence[Task]) -> AdaptedModel:
     """Load the model and let recipe and method meet it, since they may not fit its shape."""
-    adapted = method.build(load_backbone(recipe.model), recipe.lora, recipe.stream.seed)
+    forecast = foresee(recipe, method, tasks)
+    if forecast is not None:
+        forecast.warn()
+    with explaining_shortage("loading the model", partial(training_hint, recipe, method, tasks)):
+        backbone = load_backbone(recipe.model)
+        if recipe.optim.gradient_checkpointing:
+            recompute_layers(backbone.model)
+        adapted = method.build(backbone, recipe.lora, recipe.stream.seed)
     backbone = adapted.backbone
     encoder_for(backbone.tokenizer, recipe.data, backbone.positions, encodes=backbone.encodes)
     if recipe.optim.packing:
         require_packing(adapted)
     start_method(method, recipe, adapted)
+    require_condition(adapted, recipe.data, packing=recipe.optim.packing)
     return adapted
 
 

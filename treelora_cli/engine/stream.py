@@ -19,6 +19,7 @@ from treelora_cli.engine.opening import Opened, append_task, new_method, open_fo
 from treelora_cli.engine.routes import Collected, Eye, collect
 from treelora_cli.engine.seeds import derive
 from treelora_cli.engine.share import check_shares
+from treelora_cli.engine.shortage import explaining_shortage, training_hint
 from treelora_cli.engine.signals import StopFlag
 from treelora_cli.engine.store import Finished, load_optimizer, save_task
 from treelora_cli.engine.training import StepResult, TaskTrainer
@@ -193,7 +194,9 @@ class _Stream:
         if not trained:
             self._first(partial(self.matrix.before, unit))
             began_training = time.perf_counter()
-            train_seconds = self._train(unit)
+            hint = partial(training_hint, self.recipe, self.method, unit.tasks)
+            with explaining_shortage(f"training task {unit.task.name}", hint):
+                train_seconds = self._train(unit)
             began += time.perf_counter() - began_training
         self._keep_to_budget(unit)
         self._first(partial(self.matrix.after, unit))

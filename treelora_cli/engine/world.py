@@ -101,6 +101,8 @@ def noticing() -> Iterator[None]:
     """
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise  # a RuntimeError too, but of this process alone
     except (RuntimeError, dist.DistError) as error:
         # torch puts the place in its own sources first, in brackets.
         said = str(error).partition("\n")[0].rpartition("cc:")[2].partition("]")[2].strip()

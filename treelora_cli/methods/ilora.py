@@ -61,9 +61,9 @@ class ILoraSettings(MethodSettings):
     """I-LoRA's own settings."""
 
     decay: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.99,
-        description="share of the slow adapter that stays at every step, once there were as many "
-        "steps; until then it is the mean of all; the released code: 0.25",
+        0.9,
+        description="share of the slow adapter that stays at every step: it is the mean of some "
+        "1/(1-decay) last steps, which should be fewer than a task has; the released code: 0.25",
     )
     consistency: Annotated[float, Field(ge=0)] = Field(
         1.0, description="weight of the squared difference of fast and slow"
@@ -233,7 +233,7 @@ class ILora(Method):
             "decay",
             "not sure",
             "0.25, from the second step of every task on: hardly slow",
-            "0.99 after as many steps of the stream, before that the mean of all steps",
+            "0.9, some ten steps; the mean of all steps where there were fewer",
         ),
         Departure(
             "consistency",

@@ -227,4 +227,4 @@ def new_direction(basis: Tensor, vector: Tensor) -> Tensor | None:
         rest = rest - basis.T @ (basis @ rest)
     if rest.norm() <= _SPANNED * vector.norm():
         return None
-    return rest / rest.norm()
+    return rest.div(rest.norm())

@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from treelora_cli.errors import DataError, EnvironmentProblem, TreeloraError
 from treelora_cli.models.kind import auto_class, check_kind, check_reading
+from treelora_cli.models.quantized import check_quantization, quantized_loading
 from treelora_cli.recipe import ModelSection
 
 BUILTIN = Path(__file__).resolve().parent / "builtin"
@@ -66,13 +67,16 @@ def load_backbone(section: ModelSection) -> Backbone:
 
     Raises:
         DataError: no such model, no weights, or an architecture that does not answer in text.
-        EnvironmentProblem: the device or the attention package is missing.
+        EnvironmentProblem: the device, or the package for attention or quantisation is missing.
+        MemoryError, torch.OutOfMemoryError: there is no room for it.
     """
     transformers_logging.disable_progress_bar()
     device = choose_device(section.device)
     dtype = choose_dtype(section.dtype, device)
+    check_quantization(section.quantization, device)
     source = source_of(section)
     check_folder(source)
+    packed = quantized_loading(section.quantization, device, dtype)
     options = {"revision": section.revision} if section.revision else {}
     attention = choose_attention(section.attention, device, dtype)
     if not Path(source).is_dir():
@@ -82,16 +86,16 @@ def load_backbone(section: ModelSection) -> Backbone:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
         check_kind(source, config)
         try:
-            model = _load_model(config, source, dtype, attention, options)
+            model = _load_model(config, source, dtype, attention, options | packed)
         except (ImportError, ValueError):
             # Our own choice may not suit the architecture or the installed build; the user's must.
             if attention is None or section.attention != "auto":
                 raise
             logger.info("no %s for %s, using the model's default", attention, source)
-            model = _load_model(config, source, dtype, None, options)
+            model = _load_model(config, source, dtype, None, options | packed)
         tokenizer = load_tokenizer(source, options)
         check_reading(source, config, tokenizer)
-    except TreeloraError:
+    except (TreeloraError, MemoryError, torch.OutOfMemoryError):
         raise
     except ImportError as error:
         raise EnvironmentProblem(
@@ -106,7 +110,8 @@ def load_backbone(section: ModelSection) -> Backbone:
     # transformers fills what a generation config leaves open from the model's own, which may hold
     # sampling, penalties or lengths; scores must not depend on them.
     model.generation_config = GenerationConfig()
-    model.to(device)
+    if not packed:
+        model.to(device)
     return Backbone(
         model=model,
         tokenizer=tokenizer,
@@ -171,7 +176,7 @@ def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
 
 
 def _load_model(
-    config: Any, source: str, dtype: torch.dtype, attention: str | None, options: dict[str, str]
+    config: Any, source: str, dtype: torch.dtype, attention: str | None, options: dict[str, Any]
 ) -> Any:
     return auto_class(config).from_pretrained(
         source,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +26,10 @@ from treelora_cli.models.backbone import (
     one_line,
     source_of,
 )
+from treelora_cli.models.footprint import LayerSizes, layer_sizes, linear_widths
 from treelora_cli.models.kind import auto_class, check_kind, check_reading
 from treelora_cli.models.opened import base_parameters, check_opened
+from treelora_cli.models.quantized import BYTES, Quantization, check_quantization
 from treelora_cli.models.snapshot import WEIGHTS, is_more
 from treelora_cli.recipe import LoraSection, ModelSection
 
@@ -42,8 +44,11 @@ class Outline:
         trainable: entries that are trained, of the adapter and of the base.
         opened: entries of the base among them.
         modules: adapted linear modules.
-        base_bytes: memory of the base in its dtype.
+        base_bytes: memory of the base in its dtype, or as far as it is quantised in fewer bits.
         dtype: the base's dtype.
+        itemsize: bytes of an entry in it.
+        layers: widths of its layers.
+        linear: entries of the matrices that quantisation would take.
         device: where it would live.
         positions: the longest sequence, or None.
         encodes: whether it is an encoder-decoder.
@@ -57,6 +62,9 @@ class Outline:
     modules: int
     base_bytes: int
     dtype: str
+    itemsize: int
+    layers: LayerSizes
+    linear: int
     device: str
     positions: int | None
     encodes: bool
@@ -66,6 +74,10 @@ class Outline:
     def training_bytes(self) -> int:
         """Base and adapter, and for what is trained gradient and two Adam moments (float32)."""
         return self.base_bytes + 4 * self.adapter + 12 * self.trainable
+
+    def base_bytes_in(self, kind: Quantization) -> int:
+        """Return what the base would take if it were quantised so."""
+        return _base_bytes(self.parameters, self.linear, self.itemsize, kind)
 
     @property
     def stored_bytes(self) -> int:
@@ -101,6 +113,7 @@ def outline(
     check_folder(source)
     device = choose_device(section.device)
     dtype = choose_dtype(section.dtype, device)
+    check_quantization(section.quantization, device)
     options = {"revision": section.revision} if section.revision else {}
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
@@ -116,13 +129,18 @@ def outline(
             f"model {source!r} cannot be outlined: {one_line(error)}", loading_hint(error)
         ) from None
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    widths = linear_widths(model)
+    linear = sum(read * given for read, given in widths.values())
     with torch.device("meta"), explain_targets():
         adapted = get_peft_model(model, lora_config(lora), adapter_name=SLOT)
     adapter = saved_parameters(adapted, SLOT)
     base = {WEIGHTS + name: p for name, p in base_parameters(adapted).items()}
     opened = [key for key in base if learns(key)]
+    packed = set(widths) if section.quantization != "none" else set()
     for key in opened:
-        check_opened(key.removeprefix(WEIGHTS), base[key].dtype)
+        name = key.removeprefix(WEIGHTS)
+        held = torch.uint8 if name.removesuffix(".weight") in packed else base[key].dtype
+        check_opened(name, held)
     positions = getattr(config, "max_position_embeddings", None)
     return Outline(
         parameters=parameters,
@@ -130,10 +148,25 @@ def outline(
         trainable=sum(p.numel() for key, p in (adapter | base).items() if learns(key)),
         opened=sum(base[key].numel() for key in opened),
         modules=len(adapter) // 2,
-        base_bytes=parameters * dtype.itemsize,
+        base_bytes=_base_bytes(parameters, linear, dtype.itemsize, section.quantization),
         dtype=str(dtype).removeprefix("torch."),
+        itemsize=dtype.itemsize,
+        layers=layer_sizes(config, widths, _adapted_names(adapter)),
+        linear=linear,
         device=str(device),
         positions=int(positions) if positions else None,
         encodes=bool(config.is_encoder_decoder),
         tokenizer=tokenizer,
     )
+
+
+def _adapted_names(adapter: Iterable[str]) -> list[str]:
+    """Return the modules of the base that an adapter's keys stand for."""
+    prefix, mark = "base_model.model.", ".lora_A."
+    return [key.partition(mark)[0].removeprefix(prefix) for key in adapter if mark in key]
+
+
+def _base_bytes(parameters: int, linear: int, itemsize: int, kind: Quantization) -> int:
+    """Return the memory of a base whose layers' matrices are quantised, if at all."""
+    taken = 0 if kind == "none" else linear
+    return (parameters - taken) * itemsize + int(taken * BYTES.get(kind, 0))
