@@ -139,8 +139,9 @@ def test_the_estimate_is_what_autograd_keeps(
     assert 0.75 < estimate(checkpointing=False) / plain < 1.35
     # The layer that is computed again is not among what the forward pass keeps.
     spared = kept_bytes(adapted(tiny_model, dropout, again=True, **more))
-    one_layer = estimate(checkpointing=False) / sizes.layers.layers
-    assert 0.5 < (estimate(checkpointing=True) - one_layer) / spared < 1.35
+    last_norm = 4 * sizes.layers.hidden * ROWS * TOKENS
+    one_layer = (estimate(checkpointing=False) - last_norm) / sizes.layers.layers
+    assert 0.75 < (estimate(checkpointing=True) - one_layer) / spared < 1.35
 
 
 def test_layers_are_seen_through_fused_and_transposed_matrices(tmp_path: Path) -> None:

@@ -7,10 +7,11 @@ dtype, H hidden width):
   ``s (outputs + widest)``;
 * what the two norms read, in float32, and what attention gives: ``8 H + s H``;
 * what LoRA reads, in float32 (5 bytes with dropout: its mask): ``4 inputs`` or ``5 inputs``;
-* with eager attention the weights of every head, twice, once in float32: ``heads S (4 + s)``, S
-  the longest row; the other kernels keep none.
+* with eager attention the weights of every head in float32, and in s bytes where that is another:
+  ``heads S 4`` or ``heads S (4 + s)``, S the longest row; the other kernels keep none.
 
-With gradient checkpointing each layer keeps its input, ``s H``, and one layer at a time the rest.
+The norm behind the last layer keeps ``4 H`` more. With gradient checkpointing each layer keeps its
+input, ``s H``, and one layer at a time the rest.
 
 These are soft bounds. A test compares them with what autograd keeps: Llama's, Qwen's and Gemma's
 layers to a tenth or two, GPT-NeoX's to a half too much, and only a third to a half of what GPT-2's
@@ -75,10 +76,10 @@ class LayerSizes:
         layer = itemsize * (self.outputs + self.widest + self.hidden) + 8 * self.hidden
         layer += (5 if dropout else 4) * self.inputs
         if eager:
-            layer += self.heads * longest * (4 + itemsize)
-        if checkpointing:
-            return int(tokens * (layer + self.layers * itemsize * self.hidden))
-        return int(tokens * layer * self.layers)
+            layer += self.heads * longest * (4 + itemsize if itemsize < 4 else 4)
+        inputs_and_one = layer + self.layers * itemsize * self.hidden
+        kept = inputs_and_one if checkpointing else layer * self.layers
+        return int(tokens * (kept + 4 * self.hidden))
 
 
 def layer_sizes(config: Any, widths: Widths, adapted: Sequence[str]) -> LayerSizes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from typing import Any, Literal
 
@@ -35,13 +36,13 @@ def check_quantization(kind: Quantization, device: torch.device) -> None:
             "pip install 'treelora[quantization]', or model.quantization=none",
         )
     try:
-        import bitsandbytes
+        found = importlib.import_module("bitsandbytes")
     except Exception as error:  # it loads a library of its own for the CUDA that it finds
         raise EnvironmentProblem(
             f"model.quantization={kind}: bitsandbytes cannot be imported ({type(error).__name__})",
             "`python -m bitsandbytes` says what it lacks; or model.quantization=none",
         ) from None
-    known = getattr(bitsandbytes, "supported_torch_devices", frozenset({"cuda"}))
+    known = getattr(found, "supported_torch_devices", frozenset({"cuda"}))
     if device.type not in known:
         raise EnvironmentProblem(
             f"model.quantization={kind}: the installed bitsandbytes has nothing for {device.type}",

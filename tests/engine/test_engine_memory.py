@@ -1,0 +1,248 @@
+"""Memory: foreseen before loading, explained when it runs out, and never a reason to lose a run."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from support import toy_arguments
+
+from treelora_cli.engine import memory, shortage
+from treelora_cli.engine.memory import free_memory, longest_row, training_need
+from treelora_cli.engine.opening import load_stream_tasks
+from treelora_cli.engine.shortage import explaining_shortage, foresee
+from treelora_cli.engine.world import noticing
+from treelora_cli.errors import EnvironmentProblem
+from treelora_cli.methods.base import build_method
+from treelora_cli.models import backbone as loading
+from treelora_cli.models import generate as generation
+from treelora_cli.models.encode import encoder_for
+from treelora_cli.recipe import Recipe, build_recipe, differences
+from treelora_cli.rundir import faults
+
+GPU_IS_FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+HOST_IS_FULL = RuntimeError("[enforce fail at alloc_cpu.cpp:1] . DefaultCPUAllocator: can't "
+                            "allocate memory: you tried to allocate 99 bytes.")  # fmt: skip
+
+
+def results(run: Path) -> dict[str, bytes]:
+    """What a run found out: adapters and scores."""
+    names = ("adapter_model.safetensors", "scores.json")
+    return {
+        str(path.relative_to(run)): path.read_bytes()
+        for path in sorted(run.rglob("*"))
+        if path.name in names
+    }
+
+
+def fail_at(monkeypatch: pytest.MonkeyPatch, point: str, at: int, error: BaseException) -> None:
+    """Raise once, when a point has been passed so often."""
+    real, seen = faults.hit, 0
+
+    def hit(where: str) -> None:
+        nonlocal seen
+        seen += where == point
+        if where == point and seen == at:
+            raise error
+        real(where)
+
+    monkeypatch.setattr(faults, "hit", hit)
+
+
+def recipe_of(model: Path, data: Path, **optim: object) -> Recipe:
+    return build_recipe(
+        {
+            "model": {"name": str(model), "device": "cpu"},
+            "data": {"path": str(data), "max_prompt_tokens": 96, "max_answer_tokens": 8},
+            "stream": {"tasks": ["alpha"]},
+            "method": {"name": "seqlora"},
+            "optim": {"batch_size": 12} | optim,
+        },
+        "test",
+    )
+
+
+def forecast_of(recipe: Recipe) -> shortage.Forecast:
+    found = foresee(recipe, build_method(recipe), load_stream_tasks(recipe, ["alpha"]))
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("error", [GPU_IS_FULL, MemoryError(), HOST_IS_FULL])
+def test_out_of_memory_in_a_step_is_explained_and_resumed(
+    treelora, monkeypatch, tiny_model: Path, toy_data: Path, tmp_path: Path, error
+) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert treelora(*toy_arguments(tiny_model, toy_data, whole, "alpha,beta")).code == 0
+    with monkeypatch.context() as patch:
+        fail_at(patch, "step", 10, error)
+        outcome = treelora(*toy_arguments(tiny_model, toy_data, run, "alpha,beta"))
+    assert outcome.code == 6, outcome
+    assert "ran out of memory while training task beta" in outcome.err
+    hint = next(line for line in outcome.err.splitlines() if line.startswith("hint"))
+    assert len(re.findall(r"--set \w+\.\w+=\w+", hint)) == 3, hint
+    assert "optim.gradient_checkpointing=true" in hint
+    assert json.loads((run / "run.json").read_text())["status"] == "failed"
+    assert treelora("train-stream", "--run-dir", run).code == 0
+    assert results(run) == results(whole)
+
+
+def test_a_run_goes_on_with_what_spares_memory(
+    treelora, monkeypatch, tiny_model: Path, toy_data: Path, tmp_path: Path
+) -> None:
+    """Layers computed again change no bit; smaller passes change nothing but rounding."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert treelora(*toy_arguments(tiny_model, toy_data, whole, "alpha")).code == 0
+    with monkeypatch.context() as patch:
+        fail_at(patch, "step", 4, GPU_IS_FULL)
+        assert treelora(*toy_arguments(tiny_model, toy_data, run, "alpha")).code == 6
+    more = ["--set", "optim.gradient_checkpointing=true"]
+    assert treelora("train-stream", "--run-dir", run, *more).code == 0
+    assert results(run) == results(whole)
+    smaller = ["--set", "optim.micro_batch_tokens=40", "--set", "optim.micro_batch_size=1"]
+    assert treelora("train-stream", "--run-dir", run, "--tasks", "beta", *smaller).code == 0
+    refused = treelora("train-stream", "--run-dir", run, "--set", "optim.batch_size=2")
+    assert refused.code == 2
+
+
+def test_out_of_memory_while_answering(
+    treelora, monkeypatch, tiny_model: Path, toy_data: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        fail_at(patch, "eval.batch", 3, GPU_IS_FULL)
+        outcome = treelora(*toy_arguments(tiny_model, toy_data, run, "alpha"))
+    assert outcome.code == 6
+    assert "while answering" in outcome.err
+    assert "eval.batch_size=1," in outcome.err and "eval.batch_tokens=8192" in outcome.err
+    assert treelora("train-stream", "--run-dir", run, "--set", "eval.batch_size=1").code == 0
+    with monkeypatch.context() as patch:
+        real = generation.group_by_length
+
+        def full(*arguments: object):
+            raise GPU_IS_FULL
+
+        patch.setattr(generation, "group_by_length", full)
+        (run / "scores.json").unlink()
+        assert treelora("eval", run, "--adapter", "own").code == 6
+        assert real is not full
+
+
+def test_out_of_memory_while_loading(
+    treelora, monkeypatch, tiny_model: Path, toy_data: Path, tmp_path: Path
+) -> None:
+    def full(*arguments: object) -> object:
+        raise GPU_IS_FULL
+
+    monkeypatch.setattr(loading, "_load_model", full)
+    outcome = treelora(*toy_arguments(tiny_model, toy_data, tmp_path / "run", "alpha"))
+    assert outcome.code == 6
+    assert "the GPU ran out of memory while loading the model" in outcome.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    with pytest.raises(RuntimeError, match="shapes"):
+        with explaining_shortage("testing", lambda: ""):
+            raise RuntimeError("shapes differ")
+    with pytest.raises(torch.OutOfMemoryError), noticing():
+        raise GPU_IS_FULL
+    with pytest.raises(EnvironmentProblem, match="the machine ran out"):
+        with explaining_shortage("testing", lambda: ""):
+            raise HOST_IS_FULL
+
+
+def test_it_is_foreseen_and_said_before_loading(
+    treelora, monkeypatch, tiny_model: Path, toy_data: Path, tmp_path: Path
+) -> None:
+    arguments = toy_arguments(tiny_model, toy_data, tmp_path / "run", "alpha")
+    need = json.loads(treelora(*arguments, "--dry-run", "--json").out)["memory_bytes"]
+    monkeypatch.setattr(shortage, "free_memory", lambda device: need)
+    assert "training will take" not in treelora(*arguments).err
+    monkeypatch.setattr(shortage, "free_memory", lambda device: need - 1)
+    outcome = treelora(*arguments[:-1], "eval.batch_size=5", "--tasks", "alpha,beta")
+    assert outcome.code == 0, "a warning refuses nothing"
+    warning = next(line for line in outcome.err.splitlines() if "training will take" in line)
+    assert warning.startswith("warning: ")
+    assert "by the estimate any one of these fits: --set optim.gradient_checkpointing" in warning
+
+
+def test_settings_are_halved_until_they_fit(tiny_model: Path, toy_data: Path) -> None:
+    found = forecast_of(recipe_of(tiny_model, toy_data))
+    sizes, longest = found.sizes, found.longest
+    whole = training_need(sizes, found.recipe, longest)
+    room = whole.state + (whole.total - whole.state) // 3
+    texts = {one.text: one for one in found.settings(room)}
+    passes = next(one for text, one in texts.items() if text.startswith("optim.micro_batch_tokens"))
+    tokens = int(passes.text.partition("=")[2])
+    assert tokens == 12 * longest // 4, "halved twice, for a third is left"
+    assert passes.total <= room and not passes.anew
+
+    def needed(tokens: int) -> int:
+        recipe = recipe_of(tiny_model, toy_data, micro_batch_tokens=tokens)
+        return training_need(sizes, recipe, longest).total
+
+    assert needed(tokens) == passes.total
+    assert needed(2 * tokens) > room
+    # Nothing fits below the weights: every number goes as far down as it can.
+    least = {one.text for one in found.settings(0)}
+    assert f"optim.micro_batch_tokens={longest}" in least
+    assert "model.dtype=bfloat16" in least
+    spared = forecast_of(recipe_of(tiny_model, toy_data, gradient_checkpointing=True))
+    assert not any("checkpointing" in one.text for one in spared.settings(0))
+
+
+def test_the_longest_row_is_found_among_the_longest_texts(
+    tiny_model: Path, toy_data: Path, monkeypatch
+) -> None:
+    recipe = recipe_of(tiny_model, toy_data)
+    tasks = load_stream_tasks(recipe, ["alpha", "beta"])
+    found = forecast_of(recipe)
+    encoder = encoder_for(found.sizes.tokenizer, recipe.data, None)
+    rows = [(task, row) for task in tasks for row in task.splits["train"]]
+    every = [len(encoder.example(r.prompt, r.answer, t.separator).tokens) for t, r in rows]
+    assert longest_row(tasks, encoder) == max(every)
+    monkeypatch.setattr(memory, "LOOKED_AT", 3)
+    assert longest_row(tasks, encoder) == max(every)
+
+
+def test_what_is_free(tmp_path: Path) -> None:
+    free = free_memory("cpu")
+    assert free is None or free > 1 << 20
+    for name, text in {"max": "1000", "current": "700", "stat": "anon 5\ninactive_file 50"}.items():
+        (tmp_path / f"memory.{name}").write_text(text + "\n")
+    assert memory._container_room(tmp_path) == 350
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory._container_room(tmp_path) is None
+
+
+def test_only_what_spares_memory_may_change(tiny_model: Path, toy_data: Path) -> None:
+    old = recipe_of(tiny_model, toy_data)
+    new = recipe_of(tiny_model, toy_data, gradient_checkpointing=True, micro_batch_tokens=10)
+    assert differences(old, new) == []
+    assert differences(old, recipe_of(tiny_model, toy_data, batch_size=3)) != []
+
+
+def test_bfloat16_keeps_the_adapter_in_float32_and_resumes_exactly(
+    treelora, monkeypatch, tiny_model: Path, toy_data: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    more = ["--set", "model.dtype=bfloat16"]
+    assert treelora(*toy_arguments(tiny_model, toy_data, whole, "alpha,beta", *more)).code == 0
+    with monkeypatch.context() as patch:
+        fail_at(patch, "step", 4, MemoryError())
+        assert treelora(*toy_arguments(tiny_model, toy_data, run, "alpha,beta", *more)).code == 6
+    stored = load_file(next((run / "checkpoint").glob("step-*")) / "tensors.safetensors")
+    moved = [value for key, value in stored.items() if key.startswith("adapter.")]
+    assert {value.dtype for value in moved} == {torch.float32}
+    # Rounded to bfloat16 and back they would be others: nothing is lost in a checkpoint.
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in moved)
+    assert treelora("train-stream", "--run-dir", run).code == 0
+    assert results(run) == results(whole)
+    adapter = load_file(run / "tasks" / "001-beta" / "adapter" / "adapter_model.safetensors")
+    assert {value.dtype for value in adapter.values()} == {torch.float32}
