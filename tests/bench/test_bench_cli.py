@@ -24,7 +24,7 @@ def test_parts_come_in_their_own_order_and_once() -> None:
     usual = [name for name in PARTS if name not in BY_NAME_ONLY]
     assert [part.name for part in choose([])] == usual
     assert [part.name for part in choose(["all"])] == usual
-    assert [part.name for part in choose(["all", "ablation"])] == list(PARTS)
+    assert [part.name for part in choose(["all", "scale", "ablation"])] == list(PARTS)
 
 
 @pytest.mark.parametrize(
@@ -124,3 +124,19 @@ def test_everything_once(treelora) -> None:
     parts = json.loads(done.out)["parts"]
     assert list(parts) == [name for name in PARTS if name not in BY_NAME_ONLY]
     assert len(parts["startup"]["tables"]["startup"]["rows"]) == 4
+
+
+def test_scale_is_counted_from_published_sizes() -> None:
+    """Llama-2-7B has 6,738,415,616 parameters; rank 8 on its queries and values 4,194,304."""
+    from treelora_cli.bench.scale import SIZES, count, storage, training
+
+    size = next(one for one in SIZES if one.name == "Llama-2-7B")
+    found = count(size)
+    assert (found.base, found.adapter) == (6_738_415_616, 4_194_304)
+    assert found.A == 64 * 8 * 4096
+    kept = storage(size, found)
+    assert kept["tasks_100_gb"] == pytest.approx(100 * 4 * (4_194_304 + 64 * 8 * 4096) / 1e9)
+    step = training(size, found)
+    assert step["zero1_8_mb"] == pytest.approx(2 * 4 * 4_194_304 / 8 / 1e6)
+    # A ring sends each gradient nearly twice.
+    assert step["reduce_8_ms"] == pytest.approx(1000 * 2 * 7 / 8 * 4 * 4_194_304 / 25e9)

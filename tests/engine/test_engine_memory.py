@@ -18,7 +18,6 @@ from treelora_cli.engine.world import noticing
 from treelora_cli.errors import EnvironmentProblem
 from treelora_cli.methods.base import build_method
 from treelora_cli.models import backbone as loading
-from treelora_cli.models import generate as generation
 from treelora_cli.models.encode import encoder_for
 from treelora_cli.recipe import Recipe, build_recipe, differences
 from treelora_cli.rundir import faults
@@ -71,14 +70,13 @@ def forecast_of(recipe: Recipe) -> shortage.Forecast:
     return found
 
 
-@pytest.mark.parametrize("error", [GPU_IS_FULL, MemoryError(), HOST_IS_FULL])
 def test_out_of_memory_in_a_step_is_explained_and_resumed(
-    treelora, monkeypatch, tiny_model: Path, toy_data: Path, tmp_path: Path, error
+    treelora, monkeypatch, tiny_model: Path, toy_data: Path, tmp_path: Path
 ) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert treelora(*toy_arguments(tiny_model, toy_data, whole, "alpha,beta")).code == 0
     with monkeypatch.context() as patch:
-        fail_at(patch, "step", 10, error)
+        fail_at(patch, "step", 10, GPU_IS_FULL)
         outcome = treelora(*toy_arguments(tiny_model, toy_data, run, "alpha,beta"))
     assert outcome.code == 6, outcome
     assert "ran out of memory while training task beta" in outcome.err
@@ -113,22 +111,16 @@ def test_out_of_memory_while_answering(
 ) -> None:
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        fail_at(patch, "eval.batch", 3, GPU_IS_FULL)
+        fail_at(patch, "eval.batch", 2, GPU_IS_FULL)
         outcome = treelora(*toy_arguments(tiny_model, toy_data, run, "alpha"))
     assert outcome.code == 6
     assert "while answering" in outcome.err
     assert "eval.batch_size=1," in outcome.err and "eval.batch_tokens=8192" in outcome.err
     assert treelora("train-stream", "--run-dir", run, "--set", "eval.batch_size=1").code == 0
-    with monkeypatch.context() as patch:
-        real = generation.group_by_length
-
-        def full(*arguments: object):
-            raise GPU_IS_FULL
-
-        patch.setattr(generation, "group_by_length", full)
-        (run / "scores.json").unlink()
-        assert treelora("eval", run, "--adapter", "own").code == 6
-        assert real is not full
+    (run / "scores.json").unlink()
+    fail_at(monkeypatch, "eval.batch", 1, HOST_IS_FULL)
+    outcome = treelora("eval", run, "--adapter", "own")
+    assert outcome.code == 6 and "--batch-size" in outcome.err
 
 
 def test_out_of_memory_while_loading(
@@ -145,29 +137,31 @@ def test_out_of_memory_while_loading(
 
 
 def test_other_errors_stay_what_they_are() -> None:
-    with pytest.raises(RuntimeError, match="shapes"):
-        with explaining_shortage("testing", lambda: ""):
-            raise RuntimeError("shapes differ")
+    with pytest.raises(RuntimeError, match="shapes"), explaining_shortage("testing", str):
+        raise RuntimeError("shapes differ")
     with pytest.raises(torch.OutOfMemoryError), noticing():
         raise GPU_IS_FULL
-    with pytest.raises(EnvironmentProblem, match="the machine ran out"):
-        with explaining_shortage("testing", lambda: ""):
-            raise HOST_IS_FULL
+    for error in (HOST_IS_FULL, MemoryError()):
+        with (
+            pytest.raises(EnvironmentProblem, match="the machine ran out"),
+            explaining_shortage("testing", str),
+        ):
+            raise error
 
 
 def test_it_is_foreseen_and_said_before_loading(
-    treelora, monkeypatch, tiny_model: Path, toy_data: Path, tmp_path: Path
+    treelora, monkeypatch, caplog, tiny_model: Path, toy_data: Path, tmp_path: Path
 ) -> None:
-    arguments = toy_arguments(tiny_model, toy_data, tmp_path / "run", "alpha")
+    arguments = toy_arguments(tiny_model, toy_data, tmp_path / "run", "alpha", "--epochs", "1")
     need = json.loads(treelora(*arguments, "--dry-run", "--json").out)["memory_bytes"]
     monkeypatch.setattr(shortage, "free_memory", lambda device: need)
-    assert "training will take" not in treelora(*arguments).err
+    assert treelora(*arguments).code == 0
+    assert not any("training will take" in message for message in caplog.messages)
     monkeypatch.setattr(shortage, "free_memory", lambda device: need - 1)
-    outcome = treelora(*arguments[:-1], "eval.batch_size=5", "--tasks", "alpha,beta")
-    assert outcome.code == 0, "a warning refuses nothing"
-    warning = next(line for line in outcome.err.splitlines() if "training will take" in line)
-    assert warning.startswith("warning: ")
-    assert "by the estimate any one of these fits: --set optim.gradient_checkpointing" in warning
+    assert treelora(*arguments, "--tasks", "alpha,beta").code == 0, "a warning refuses nothing"
+    (warning,) = (record for record in caplog.records if "training will take" in record.message)
+    assert warning.levelname == "WARNING"
+    assert "any one of these fits: --set optim.gradient_checkpointing=true" in warning.message
 
 
 def test_settings_are_halved_until_they_fit(tiny_model: Path, toy_data: Path) -> None:

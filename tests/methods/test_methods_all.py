@@ -1,4 +1,4 @@
-"""What holds for every method: it acts on a second task, resumes exactly, and differs from all others."""
+"""What holds for every method: it acts on a second task, resumes exactly, and is no other one."""
 
 from __future__ import annotations
 

@@ -170,8 +170,8 @@ def run(plan: Plan, say: Say) -> Sequence[Table]:
             needed,
             [training(size, one) for size, one in found],
             (
-                f"Computed at {SPEED / 1e12:.0f} TFLOP/s a process and {LINK / GB:.0f} GB/s between "
-                "them, without activations; every process holds the whole base.",
+                f"Computed at {SPEED / 1e12:.0f} TFLOP/s a process and {LINK / GB:.0f} GB/s "
+                "between them, without activations; every process holds the whole base.",
             ),
         ),
     ]

@@ -53,7 +53,8 @@ def launch(count: int) -> int:
         for number in _SIGNALS:
             signal.signal(number, forward)
         for at in range(count):
-            said.append(None if at == 0 else tempfile.TemporaryFile())
+            # Closed with this process; what is said is read when all have ended.
+            said.append(None if at == 0 else tempfile.TemporaryFile())  # noqa: SIM115
             children.append(_start(at, count, port, reading, said[-1]))
         os.close(reading)
         failed = _watch(children)
@@ -85,7 +86,7 @@ def _start(
     threads = max(1, (os.cpu_count() or 1) // count)
     environment.setdefault("OMP_NUM_THREADS", str(threads))
     quiet: dict[str, Any] = {} if output is None else {"stdout": output, "stderr": output}
-    return subprocess.Popen(
+    return subprocess.Popen(  # noqa: S603 - this very program
         [sys.executable, "-m", "treelora_cli", *sys.argv[1:]],
         env=environment,
         # Apart from the terminal: Ctrl-C would reach a child twice, and twice means at once.

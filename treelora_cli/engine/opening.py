@@ -20,8 +20,8 @@ from treelora_cli.models.adapted import AdaptedModel
 from treelora_cli.models.backbone import Backbone, load_backbone
 from treelora_cli.models.encode import encoder_for
 from treelora_cli.models.packing import require_packing
-from treelora_cli.models.soft import require_condition
 from treelora_cli.models.recompute import recompute_layers
+from treelora_cli.models.soft import require_condition
 from treelora_cli.recipe import Recipe
 from treelora_cli.rundir.atomic import write_file
 from treelora_cli.rundir.layout import RunDir

@@ -1,0 +1,176 @@
+"""Every family trains, is read back from disk by stock PEFT, and answers as a plain loop does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from support import make_checkpoint, make_t5, toy_arguments
+
+from treelora_cli.engine.adapters import load_adapter
+from treelora_cli.models.adapted import AdaptedModel
+from treelora_cli.models.backbone import load_backbone
+from treelora_cli.models.encode import Encoder, encoder_for
+from treelora_cli.models.likelihood import score_batches
+from treelora_cli.recipe import DataSection, LoraSection, ModelSection
+from treelora_cli.rundir.layout import RunDir
+
+CAUSAL: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 24},
+    "gemma": {},
+    "gemma2": {"sliding_window": 24},
+    "gemma3_text": {"sliding_window": 24},
+    "qwen2": {},
+    "qwen3": {},
+    "phi3": {},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "gpt2": {"n_inner": 64},
+    "gpt_neox": {},
+    "bloom": {},
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
+    "falcon-7b": {"multi_query": True},
+}
+SIDED = ["t5", "mt5", "umt5"]
+WITHOUT_TARGETS = {"umt5"}
+"""PEFT has no targets of its own for these."""
+QUICK = {"gpt2", "mistral", "t5"}
+"""Those of the default suite; llama is everywhere else."""
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }}"
+    "[/INST]{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+LABELS = ["A", "B", "perhaps"]
+LORA = LoraSection(rank=4, dropout=0.1)
+
+
+def families(names: list[str]) -> list[Any]:
+    return [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow, id=name)
+        for name in names
+    ]
+
+
+def checkpoint(folder: Path, family: str, *, chat: bool = False) -> Path:
+    if family in SIDED:
+        return make_t5(folder, family)
+    make_checkpoint(folder, family.removesuffix("-7b"), **CAUSAL[family])
+    if chat:
+        (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+def read_back(folder: Path, adapter: Path) -> Any:
+    """Base and adapter by transformers and PEFT alone."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    kind = AutoModelForSeq2SeqLM if "encoder" in _shape(folder) else AutoModelForCausalLM
+    return PeftModel.from_pretrained(kind.from_pretrained(folder), adapter).eval()
+
+
+def _shape(folder: Path) -> str:
+    config = json.loads((folder / "config.json").read_text())
+    return "encoder" if config.get("is_encoder_decoder") else "causal"
+
+
+def logits_behind(model: Any, read: list[int], said: list[int]) -> torch.Tensor:
+    """The logits of the next token, and those before it, of one row without padding or cache."""
+    with torch.no_grad():
+        if model.config.is_encoder_decoder:
+            start = [model.config.decoder_start_token_id]
+            sides = {"input_ids": read, "decoder_input_ids": start + said}
+        else:
+            sides = {"input_ids": read + said}
+        tensors = {key: torch.tensor([value]) for key, value in sides.items()}
+        return model(**tensors, use_cache=False).logits[0, -len(said) - 1 :]
+
+
+def greedy(model: Any, encoder: Encoder, prompt: str, longest: int) -> str:
+    """The likeliest token, one after the other."""
+    read, said = encoder.prompt(prompt)[0], []
+    for _ in range(longest):
+        said.append(int(logits_behind(model, read, said)[-1].argmax()))
+        if said[-1] in encoder.stops:
+            break
+    return encoder.tokenizer.decode(said, skip_special_tokens=True)
+
+
+def summed(model: Any, encoder: Encoder, prompt: str, label: str) -> float:
+    """The log-probability of a label behind a prompt."""
+    example = encoder.example(prompt, label, " ")
+    read, said = example.tokens[: example.answer_start], example.tokens[example.answer_start :]
+    chances = logits_behind(model, list(read), list(said)).log_softmax(-1)
+    return sum(float(chances[at, token]) for at, token in enumerate(said))
+
+
+def check_family(treelora, family: str, data: Path, place: Path, *, chat: bool) -> None:
+    folder, run = checkpoint(place / "model", family, chat=chat), place / "run"
+    settings = ["optim.lr=0.03", "optim.epochs=3", "eval.zero_shot=false", "eval.before=false"]
+    settings += ["lora.targets=all-linear"] if family in WITHOUT_TARGETS else []
+    settings += ["data.format=chat"] if chat else []
+    more = [part for pair in settings for part in ("--set", pair)]
+    arguments = toy_arguments(folder, data, run, "alpha", "--method", "seqlora", *more)
+    outcome = treelora(*arguments, "--set", "stream.checkpoint_steps=100")
+    assert outcome.code == 0, outcome
+    steps = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    losses = [step["loss"] for step in steps if step["kind"] == "step"]
+    assert losses[-1] < losses[0], "it learns"
+    task = run / "tasks" / "000-alpha"
+    (answers,) = (task / "predictions").glob("*.jsonl")
+    lines = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
+    model = read_back(folder, task / "adapter")
+    section = DataSection(
+        max_prompt_tokens=96, max_answer_tokens=8, format="chat" if chat else "plain"
+    )
+    backbone = load_backbone(ModelSection(name=str(folder), device="cpu"))
+    encoder = encoder_for(backbone.tokenizer, section, backbone.positions, encodes=backbone.encodes)
+    alone = [greedy(model, encoder, line["prompt"], 9) for line in lines]
+    assert alone == [line["prediction"] for line in lines]
+    check_likelihood(family, backbone, run, encoder, model, [line["prompt"] for line in lines])
+
+
+def check_likelihood(
+    family: str, backbone: Any, run: Path, encoder: Encoder, model: Any, prompts: list[str]
+) -> None:
+    lora = LORA.model_copy(
+        update={"targets": "all-linear" if family in WITHOUT_TARGETS else "auto"}
+    )
+    adapted = AdaptedModel(backbone, lora.model_copy(update={"rank": 4}), 0)
+    before = adapted.snapshot()
+    adapted.restore(load_adapter(RunDir.open(run), 0, "alpha"))
+    assert any(not torch.equal(before[key], now) for key, now in adapted.snapshot().items())
+    for batch in score_batches(adapted, encoder, prompts, LABELS, " ", 4):
+        for at, scores in batch.items():
+            naive = [summed(model, encoder, prompts[at], label) for label in LABELS]
+            assert scores.tolist() == pytest.approx(naive, abs=2e-3)
+
+
+@pytest.mark.parametrize("family", families([*CAUSAL, *SIDED]))
+def test_a_family_is_trained_read_back_and_asked(
+    treelora, toy_data: Path, tmp_path: Path, family: str
+) -> None:
+    check_family(treelora, family, toy_data, tmp_path, chat=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", list(CAUSAL))
+def test_a_family_in_its_chat_template(
+    treelora, toy_data: Path, tmp_path: Path, family: str
+) -> None:
+    check_family(treelora, family, toy_data, tmp_path, chat=True)
+
+
+@pytest.mark.parametrize("family", sorted(WITHOUT_TARGETS))
+def test_a_family_without_targets_of_its_own_says_so(
+    treelora, toy_data: Path, tmp_path: Path, family: str
+) -> None:
+    folder = checkpoint(tmp_path / "model", family)
+    for more in ([], ["--dry-run"]):
+        outcome = treelora(*toy_arguments(folder, toy_data, tmp_path / "run", "alpha", *more))
+        assert outcome.code == 2, outcome
+        assert "lora.targets" in outcome.err and "all-linear" in outcome.err
+        assert not (tmp_path / "run").exists()
