@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from support import make_checkpoint, make_t5, toy_arguments
+from support import make_checkpoint, make_t5, make_tokenizer, toy_arguments
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, FalconConfig
 
 from treelora_cli.engine.adapters import load_adapter
 from treelora_cli.models.adapted import AdaptedModel
@@ -36,7 +37,7 @@ CAUSAL: dict[str, dict[str, Any]] = {
     "falcon-7b": {"multi_query": True},
 }
 SIDED = ["t5", "mt5", "umt5"]
-WITHOUT_TARGETS = {"umt5"}
+WITHOUT_TARGETS = {"phi3", "umt5"}
 """PEFT has no targets of its own for these."""
 QUICK = {"gpt2", "mistral", "t5"}
 """Those of the default suite; llama is everywhere else."""
@@ -45,7 +46,6 @@ TEMPLATE = (
     "[/INST]{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
 )
 LABELS = ["A", "B", "perhaps"]
-LORA = LoraSection(rank=4, dropout=0.1)
 
 
 def families(names: list[str]) -> list[Any]:
@@ -58,23 +58,31 @@ def families(names: list[str]) -> list[Any]:
 def checkpoint(folder: Path, family: str, *, chat: bool = False) -> Path:
     if family in SIDED:
         return make_t5(folder, family)
-    make_checkpoint(folder, family.removesuffix("-7b"), **CAUSAL[family])
+    if family.startswith("falcon"):
+        make_falcon(folder, **CAUSAL[family])
+    else:
+        make_checkpoint(folder, family, **CAUSAL[family])
     if chat:
         (folder / "chat_template.jinja").write_text(TEMPLATE)
     return folder
 
 
+def make_falcon(folder: Path, **settings: Any) -> None:
+    """Its config computes some of what others are told, and refuses to be told."""
+    make_tokenizer(folder)
+    sizes = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(
+        FalconConfig(max_position_embeddings=256, **sizes | tokens | settings)
+    ).save_pretrained(folder)
+
+
 def read_back(folder: Path, adapter: Path) -> Any:
     """Base and adapter by transformers and PEFT alone."""
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
-    kind = AutoModelForSeq2SeqLM if "encoder" in _shape(folder) else AutoModelForCausalLM
-    return PeftModel.from_pretrained(kind.from_pretrained(folder), adapter).eval()
-
-
-def _shape(folder: Path) -> str:
     config = json.loads((folder / "config.json").read_text())
-    return "encoder" if config.get("is_encoder_decoder") else "causal"
+    kind = AutoModelForSeq2SeqLM if config.get("is_encoder_decoder") else AutoModelForCausalLM
+    return PeftModel.from_pretrained(kind.from_pretrained(folder), adapter).eval()
 
 
 def logits_behind(model: Any, read: list[int], said: list[int]) -> torch.Tensor:
@@ -136,10 +144,8 @@ def check_family(treelora, family: str, data: Path, place: Path, *, chat: bool) 
 def check_likelihood(
     family: str, backbone: Any, run: Path, encoder: Encoder, model: Any, prompts: list[str]
 ) -> None:
-    lora = LORA.model_copy(
-        update={"targets": "all-linear" if family in WITHOUT_TARGETS else "auto"}
-    )
-    adapted = AdaptedModel(backbone, lora.model_copy(update={"rank": 4}), 0)
+    targets = "all-linear" if family in WITHOUT_TARGETS else "auto"
+    adapted = AdaptedModel(backbone, LoraSection(rank=4, targets=targets), 0)
     before = adapted.snapshot()
     adapted.restore(load_adapter(RunDir.open(run), 0, "alpha"))
     assert any(not torch.equal(before[key], now) for key, now in adapted.snapshot().items())

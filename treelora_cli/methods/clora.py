@@ -61,25 +61,25 @@ class CLora(SummedLora):
         Departure(
             "what is adapted",
             "keys and values of Stable Diffusion's cross-attention",
-            "not released",
+            "none found",
             "lora.targets",
         ),
         Departure(
             "prompts",
             "a learned token for every concept, and no word for the object",
-            "not released",
+            "none found",
             "the rows' own text alone",
         ),
         Departure(
             "scale",
             "a change is B A",
-            "not released",
+            "none found",
             "a change is s B A, s = alpha / rank: the weights' own; the penalty grows with s^4",
         ),
         Departure(
             "lambda",
-            "1e8, from a sweep on images",
-            "not released",
+            "1e8, for images",
+            "none found",
             "LAMBDA_HERE",
         ),
     )
