@@ -28,6 +28,7 @@ test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 test-slow: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet -e '.[deepspeed]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow
 
 mutate: $(VENV)/.dev

@@ -14,8 +14,9 @@ mean cross-entropy of the answer tokens. The same weights are computed when ques
 no task has to be known, and none is told.
 
 What keeps attention where it was is missing here: the paper replays pseudo-samples that a
-generator made of earlier tasks (its attentive reflection). W_up and W_down drift, and of the keys
-the newest alone goes with them.
+generator made of earlier tasks (its attentive reflection). Without them nothing in the loss tells
+their prompts from the new task's: the new key draws all prompts or none, and ``effect``, the
+attention left to earlier tasks, shows which.
 Stored per task: all adapters so far as one of rank n r, the projection, and the task's key. Cost
 per step: a LoRA of rank n r, in training and when answering.
 """

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -30,13 +30,13 @@ def check_quantization(kind: Quantization, device: torch.device) -> None:
     """
     if kind == "none":
         return
-    if importlib.util.find_spec("bitsandbytes") is None:
+    if find_spec("bitsandbytes") is None:
         raise EnvironmentProblem(
             f"model.quantization={kind} needs the package bitsandbytes",
             "pip install 'treelora[quantization]', or model.quantization=none",
         )
     try:
-        found = importlib.import_module("bitsandbytes")
+        found = import_module("bitsandbytes")
     except Exception as error:  # it loads a library of its own for the CUDA that it finds
         raise EnvironmentProblem(
             f"model.quantization={kind}: bitsandbytes cannot be imported ({type(error).__name__})",
