@@ -13,9 +13,9 @@ dtype, H hidden width):
 The norm behind the last layer keeps ``4 H`` more. With gradient checkpointing each layer keeps its
 input, ``s H``, and one layer at a time the rest.
 
-These are soft bounds. A test compares them with what autograd keeps: Llama's, Qwen's and Gemma's
-layers to a tenth or two, GPT-NeoX's to a half too much, and only a third to a half of what GPT-2's
-and T5's keep, which drop out inside the base and compute their GELU in many steps. Temporary
+These are soft bounds. A test compares Llama's with what autograd keeps, to a third; tried once on
+tiny models, Qwen's and Gemma's were as near, GPT-NeoX's a half too much, and only a third to a half
+of what GPT-2's and T5's keep, which drop out inside the base and compute their GELU in many steps. Temporary
 buffers of kernels, fragments and the CUDA context (0.3 to 1 GB) come on top. Experts are not
 counted, and an architecture that knows eager attention only needs what eager does.
 """
