@@ -72,7 +72,7 @@ def test_the_papers_loop_and_the_engine_take_the_same_steps() -> None:
         results += trainer.advance()
     results += trainer.drain()
     assert [result.loss for result in results] == pytest.approx(losses, rel=1e-4)
-    for left, right in zip(papers.parameters, trainer.parameters, strict=True):
+    for left, right in zip(papers.parameters, trainer.adapted.parameters(), strict=True):
         assert torch.allclose(left, right, atol=2e-5)
     assert any(not before[key].equal(value) for key, value in trainer.adapted.snapshot().items())
 

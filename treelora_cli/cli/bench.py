@@ -21,8 +21,8 @@ SUFFIXES = {".txt": "text", ".md": "md", ".json": "json"}
 Parts = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[step|tasks|data|eval|tree|startup|ablation|all]...",
-        help="What to measure; all but ablation if nothing is named.",
+        metavar="[step|tasks|data|eval|tree|startup|scale|ablation|all]...",
+        help="What to measure; all but scale and ablation if nothing is named.",
         show_default=False,
     ),
 ]
