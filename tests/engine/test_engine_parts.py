@@ -66,7 +66,8 @@ def test_optimizer_state_round_trip_and_mismatch() -> None:
     def fresh(width: int) -> tuple[list[torch.nn.Parameter], torch.optim.Optimizer]:
         torch.manual_seed(0)
         parameters = [torch.nn.Parameter(torch.randn(3, width)), torch.nn.Parameter(torch.ones(2))]
-        return parameters, build_optimizer(parameters, OptimSection(lr=0.1))
+        named = {str(number): parameter for number, parameter in enumerate(parameters)}
+        return parameters, build_optimizer(named, OptimSection(lr=0.1))
 
     def walk(parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
         for parameter in parameters:

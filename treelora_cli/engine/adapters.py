@@ -274,13 +274,14 @@ def recommit(
 
 
 def _read_whole(folder: Path) -> Snapshot:
-    """Read a task's tensors; that no file is missing has been checked with its manifest."""
-    files = [folder / ADAPTER / ADAPTER_FILE, folder / WEIGHTS_FILE]
-    found: Snapshot = {}
-    for file in files:
-        if file.exists():
-            found |= load_tensors(file)
-    return found
+    """Read a task's tensors: an adapter, weights, or both.
+
+    Where there are no weights a missing adapter is an error, for the folder may just be exchanged:
+    the reader then looks again.
+    """
+    adapter, weights = folder / ADAPTER / ADAPTER_FILE, folder / WEIGHTS_FILE
+    more = load_tensors(weights) if weights.exists() else {}
+    return more if more and not adapter.exists() else load_tensors(adapter) | more
 
 
 class _Reader:
