@@ -31,7 +31,7 @@ def command(
     model: Path, data: Path, run: Path, *more: str, tasks: str = TASKS, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     arguments = toy_arguments(model, data, run, tasks, *SAME, *more)
-    return run_command(*arguments, OMP_NUM_THREADS="1", **environment)
+    return run_command(*arguments, timeout=600, OMP_NUM_THREADS="1", **environment)
 
 
 def adapters(run: Path) -> dict[str, torch.Tensor]:
@@ -104,6 +104,25 @@ def test_the_first_speaks_for_all_when_a_process_dies(tiny_model, toy_data, tmp_
     assert json.loads((run / "run.json").read_text(encoding="utf-8"))["status"] == "failed"
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_killed_parent_takes_its_processes_along(tiny_model, toy_data, tmp_path) -> None:
+    run = tmp_path / "run"
+    arguments = toy_arguments(tiny_model, toy_data, run, TASKS, *SAME)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    started = subprocess.Popen(
+        [sys.executable, "-m", "treelora_cli", *arguments, "--nproc", "2", "--epochs", "2000"],
+        env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    ranks = [wait_for_rank(started.pid, rank, run) for rank in (0, 1)]
+    started.kill()
+    started.wait()
+    deadline = time.monotonic() + 240
+    while any(Path(f"/proc/{pid}").exists() for pid in ranks) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not [pid for pid in ranks if Path(f"/proc/{pid}").exists()]
+
+
 def wait_for_rank(parent: int, rank: int, run: Path) -> int:
     """Return the process of a rank, once training has begun."""
     deadline = time.monotonic() + 120
@@ -123,6 +142,7 @@ def wait_for_rank(parent: int, rank: int, run: Path) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @needs_deepspeed
 @pytest.mark.parametrize("engine", ["zero1", "zero2"])
 def test_zero_trains_what_one_process_does(alone, tiny_model, toy_data, tmp_path, engine) -> None:
@@ -136,6 +156,7 @@ def test_zero_trains_what_one_process_does(alone, tiny_model, toy_data, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("before", "after"),
     [
@@ -164,13 +185,15 @@ def test_whoever_goes_on(alone, tiny_model, toy_data, tmp_path, before, after) -
     chosen = ["--method", "olora", *before]
     stopped = command(tiny_model, toy_data, run, *chosen, TREELORA_FAULT="step:int:9")
     assert stopped.returncode == 130, stopped.stderr
-    done = run_command("train-stream", "--run-dir", str(run), *after, OMP_NUM_THREADS="1")
+    more = ["train-stream", "--run-dir", str(run), *after]
+    done = run_command(*more, timeout=600, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     assert "resumed beta" in done.stderr
     assert_same(run, alone["olora"])
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_torchrun(alone, tiny_model, toy_data, tmp_path) -> None:
     run = tmp_path / "run"
     arguments = toy_arguments(tiny_model, toy_data, run, TASKS, *SAME, "--method", "treelora")

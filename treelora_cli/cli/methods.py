@@ -50,7 +50,7 @@ def _describe(kind: type[Method]) -> Json:
         "name": kind.name,
         "summary": (inspect.getdoc(kind) or "").split("\n")[0],
         "mode": kind.mode,
-        "needs": sorted(kind.needs),
+        "needs": sorted(kind(kind.Settings()).needs),
         "about": about,
         "settings": _settings(kind),
         "departures": [departure._asdict() for departure in kind.departures],
