@@ -15,9 +15,9 @@ input, ``s H``, and one layer at a time the rest.
 
 These are soft bounds. A test compares Llama's with what autograd keeps, to a third; tried once on
 tiny models, Qwen's and Gemma's were as near, GPT-NeoX's a half too much, and only a third to a half
-of what GPT-2's and T5's keep, which drop out inside the base and compute their GELU in many steps. Temporary
-buffers of kernels, fragments and the CUDA context (0.3 to 1 GB) come on top. Experts are not
-counted, and an architecture that knows eager attention only needs what eager does.
+of what GPT-2's and T5's keep, which drop out inside the base and compute their GELU in many steps.
+Temporary buffers of kernels, fragments and the CUDA context (0.3 to 1 GB) come on top. Experts are
+not counted, and an architecture that knows eager attention only needs what eager does.
 """
 
 from __future__ import annotations
