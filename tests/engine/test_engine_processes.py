@@ -16,11 +16,17 @@ import torch
 from safetensors.torch import load_file
 from support import ROOT, run_command, toy_arguments
 
+from treelora_cli.methods import registry
 from treelora_cli.rundir.events import read_events
 
 TASKS = "alpha,beta"
 # Sums over rows come in another order, and nothing else differs: rounding in float32.
 TOLERANCE = 1e-6
+# What they add depends on which rows a forward pass reads together, and processes share them out.
+BY_PASS = {"hide", "treelora-official"}
+TRAINED = [
+    name for name in registry().names() if registry().get(name).trains and name not in BY_PASS
+]
 SAME = ["--set", "lora.dropout=0", "--set", "eval.when=last"]
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
@@ -192,6 +198,31 @@ def test_whoever_goes_on(alone, tiny_model, toy_data, tmp_path, before, after) -
     assert done.returncode == 0, done.stderr
     assert "resumed beta" in done.stderr
     assert_same(run, alone["olora"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "name", [name for name in registry().names() if registry().get(name).trains]
+)
+def test_every_method_in_two_processes(treelora, tiny_model, toy_data, tmp_path, name) -> None:
+    """Gradients are reduced before a method sees them, and its own are summed over the processes.
+
+    Directions made of gradients (ogd, inflora) carry rounding further than a step does.
+    """
+    one, two = tmp_path / "one", tmp_path / "two"
+    chosen = ["--method", name, "--set", "eval.when=none", "--set", "route.prompts=0"]
+    outcome = treelora(*toy_arguments(tiny_model, toy_data, one, TASKS, *SAME[:2], *chosen))
+    assert outcome.code == 0, outcome
+    done = command(tiny_model, toy_data, two, *chosen, "--nproc", "2")
+    assert done.returncode == 0, done.stderr
+    files = [file.relative_to(one) for file in one.glob("tasks/*/adapter/*.safetensors")]
+    files += [file.relative_to(one) for file in one.glob("tasks/*/weights.safetensors")]
+    assert files
+    for file in files:
+        mine, theirs = load_file(one / file), load_file(two / file)
+        for key, value in mine.items():
+            torch.testing.assert_close(value, theirs[key], rtol=0, atol=1e-4, msg=f"{file} {key}")
 
 
 @pytest.mark.slow
