@@ -89,7 +89,7 @@ class NLora(SummedLora):
             "a number",
             "0.4 for orders 1-3; 0.4 or 1.2 by task, 0.55 and 1.8 for orders 4, 5 and 6: for a sum "
             "over [r, r], which hardly grows with the model",
-            "one number for a sum over [d_out, d_in]: 1e-3, chosen on the built-in tasks' eval rows",
+            "one number for a sum over [d_out, d_in]: 1e-3, picked on built-in tasks' eval rows",
         ),
         Departure(
             "end of a task",
