@@ -49,3 +49,12 @@ def test_a_run_that_was_not_routed_says_nothing(tmp_path) -> None:
     report = collect(make_run(tmp_path / "run"))
     assert report.routed == ()
     assert "no task is named" not in text([report])
+
+
+def test_a_run_that_is_scored_by_routing_does_not_repeat_itself(tmp_path) -> None:
+    names = names_for(3)
+    cells = make_cells(names, 3, "route")
+    cells += [cell(names[2], name, 0.5, "route:stripped") for name in names]
+    report = collect(make_run(tmp_path / "run", mode="route", cells=cells))
+    assert report.mode == "route"
+    assert [way.adapter for way in report.routed] == ["route:stripped"]

@@ -211,9 +211,9 @@ def _merged(run: RunDir) -> Iterator[tuple[tuple[str, ...], float | None]]:
 
 
 def _routed(cells: Sequence[Cell], scored: Scored) -> Iterator[RoutedScores]:
-    """The numbers under each way of routing whose last row is complete."""
+    """The numbers under each other way of routing whose last row is complete."""
     ways = {cell.adapter for cell in cells if cell.adapter.split(":")[0] == "route"}
-    for way in sorted(ways):
+    for way in sorted(ways - {scored.adapter}):
         R = metrics.matrix_from_scores(cells, scored.names, way, scored.decoding)[: scored.learned]
         op = metrics.op(R)
         if op is not None:
