@@ -240,6 +240,23 @@ def test_torchrun(alone, tiny_model, toy_data, tmp_path) -> None:
     assert_same(run, alone["treelora"])
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@needs_deepspeed
+def test_the_launcher_of_deepspeed(alone, tiny_model, toy_data, tmp_path) -> None:
+    """It gives every process an argument of its own before the command."""
+    run = tmp_path / "run"
+    arguments = toy_arguments(tiny_model, toy_data, run, TASKS, *SAME, "--method", "olora")
+    done = subprocess.run(
+        [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--module",
+         "treelora_cli", *arguments, "--set", "processes.engine=zero2"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert_same(run, alone["olora"])
+
+
 def test_methods_that_zero_cannot_serve_are_refused(treelora, tiny_model, toy_data, tmp_path):
     run = tmp_path / "run"
     wanted = ["--set", "processes.engine=zero2", "--method"]
