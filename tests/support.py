@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -134,6 +135,14 @@ def toy_arguments(model: Path, data: Path, run: Path, tasks: str, *more: str) ->
     sets = [part for pair in TOY_SETTINGS for part in ("--set", pair)]
     head = ["train-stream", "--tasks", tasks, "--model", str(model), "--data", str(data)]
     return [*head, "--run-dir", str(run), *sets, *more]
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
 
 
 def run_command(

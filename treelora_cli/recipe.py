@@ -214,10 +214,11 @@ class EvalSection(Section):
 class ProcessesSection(Section):
     """How several processes train together; how many there are is said when they are started."""
 
-    engine: Literal["ddp", "zero1", "zero2"] = Field(
+    engine: Literal["ddp", "zero1", "zero2", "fsdp2"] = Field(
         "ddp",
-        description="torch's DistributedDataParallel; or DeepSpeed's ZeRO 1 or 2, which share out "
-        "the optimizer's state (and gradients), for methods that need no gradients of a step",
+        description="torch's DistributedDataParallel; DeepSpeed's ZeRO 1 or 2, which share out the "
+        "optimizer's state (and gradients), for methods that need no gradients of a step; or "
+        "torch's FSDP2, which shares out the frozen base, for methods that leave it alone",
     )
 
 

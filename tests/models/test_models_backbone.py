@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from support import make_t5
+from support import ROOT, make_t5
 from tokenizers import Tokenizer, processors
 
 from treelora_cli.errors import DataError, EnvironmentProblem
@@ -168,17 +172,123 @@ def test_fingerprint_of_large_files_is_sampled(
     assert load(tiny_model).fingerprint.startswith("sampled-sha256:")
 
 
-def test_absent_device_and_package() -> None:
+def test_absent_device() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(EnvironmentProblem, match="no CUDA device"):
             choose_device("cuda")
     with pytest.raises(EnvironmentProblem, match="unknown device"):
         choose_device("abacus")
-    cpu = torch.device("cpu")
-    assert choose_attention("auto", cpu, torch.float32) is None
-    if backbone.importlib.util.find_spec("flash_attn") is None:
-        with pytest.raises(EnvironmentProblem, match="flash-attn"):
-            choose_attention("flash_attention_2", cpu, torch.float32)
+
+
+@pytest.fixture
+def flash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Installs a package of flash_attn's name for a while, with metadata as pip leaves them.
+
+    Without them transformers would import it as soon as it is itself imported.
+    """
+
+    def put(code: str) -> None:
+        folder = tmp_path / "packages" / "flash_attn"
+        metadata = folder.with_name("flash_attn-2.8.3.dist-info")
+        for place in (folder, metadata):
+            place.mkdir(parents=True)
+        (folder / "__init__.py").write_text(code)
+        (folder / "bert_padding.py").write_text("")
+        (metadata / "METADATA").write_text(
+            "Metadata-Version: 2.1\nName: flash-attn\nVersion: 2.8.3\n"
+        )
+        (metadata / "top_level.txt").write_text("flash_attn\n")
+        monkeypatch.syspath_prepend(tmp_path / "packages")
+        importlib.invalidate_caches()
+
+    yield put
+    for name in [name for name in sys.modules if name.partition(".")[0] == "flash_attn"]:
+        del sys.modules[name]
+
+
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        ("ImportError", "flash_attn_2_cuda.so: undefined symbol: _ZN3c104cuda9SetDeviceEi"),
+        ("OSError", "libcudart.so.12: cannot open shared object file"),
+    ],
+)
+def test_a_broken_flash_attention_is_done_without(flash, caplog, error: str, said: str) -> None:
+    """It was built for another torch, or its CUDA is gone: seen only when it is imported."""
+    flash(f"raise {error}({said!r})")
+    with caplog.at_level("INFO", logger="treelora"):
+        assert choose_attention("auto", CUDA, torch.bfloat16) is None
+    (note,) = caplog.messages
+    assert said in note and "\n" not in note
+    with pytest.raises(EnvironmentProblem, match="the installed flash-attn cannot") as raised:
+        choose_attention("flash_attention_2", CUDA, torch.bfloat16)
+    assert error in raised.value.message and said in raised.value.message
+    assert "--no-build-isolation" in raised.value.hint and "attention=auto" in raised.value.hint
+
+
+def test_flash_attention_is_taken_where_it_runs(flash, monkeypatch, caplog) -> None:
+    flash("")
+    capability = (8, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(backbone, "is_flash_attn_2_available", lambda: True)
+    caplog.set_level("INFO", logger="treelora")
+    for wanted in ("auto", "flash_attention_2"):
+        assert choose_attention(wanted, CUDA, torch.bfloat16) == "flash_attention_2"
+    assert choose_attention("auto", CPU, torch.bfloat16) is None
+    assert choose_attention("auto", CUDA, torch.float32) is None, "it has no kernel for it"
+    assert choose_attention("sdpa", CUDA, torch.bfloat16) == "sdpa"
+    assert not caplog.messages, "nobody misses it there"
+    capability = (7, 5)
+    with pytest.raises(EnvironmentProblem, match="Ampere"):
+        choose_attention("flash_attention_2", CUDA, torch.bfloat16)
+    monkeypatch.setattr(backbone, "is_flash_attn_2_available", lambda: False)
+    assert choose_attention("auto", CUDA, torch.bfloat16) is None
+    assert "transformers does not take" in caplog.text, "it would fetch a kernel from the hub"
+
+
+def test_a_flash_attention_that_lacks_a_part(flash, tmp_path: Path) -> None:
+    """The package of version 4 has the same name, and nothing that version 2 has."""
+    flash("")
+    (tmp_path / "packages" / "flash_attn" / "bert_padding.py").unlink()
+    with pytest.raises(EnvironmentProblem, match=r"No module named 'flash_attn\.bert_padding'"):
+        choose_attention("flash_attention_2", CUDA, torch.float16)
+
+
+def test_flash_attention_that_cannot_be(monkeypatch) -> None:
+    for device, dtype, where in ((CPU, torch.bfloat16, "cpu"), (CUDA, torch.float32, "float32")):
+        with pytest.raises(EnvironmentProblem, match=f"bfloat16 or float16, not on.*{where}"):
+            choose_attention("flash_attention_2", device, dtype)
+    monkeypatch.setattr(backbone, "find_spec", lambda name: None)
+    with pytest.raises(EnvironmentProblem, match="needs the package flash-attn") as raised:
+        choose_attention("flash_attention_2", CUDA, torch.bfloat16)
+    assert "treelora[flash-attn]" in raised.value.hint
+
+
+def test_on_a_cpu_flash_attention_is_never_imported(flash, tiny_model: Path) -> None:
+    """Neither by this program nor by what it is built on; in a process of its own."""
+    flash("raise ImportError('imported')")
+    code = (
+        "import sys, treelora_cli.cli.app, treelora_cli.engine.stream\n"
+        "from treelora_cli.models.backbone import load_backbone\n"
+        "from treelora_cli.models.outline import outline\n"
+        "from treelora_cli.recipe import LoraSection, ModelSection\n"
+        "section = ModelSection(name=sys.argv[1], device='cpu')\n"
+        "outline(section, LoraSection())\n"
+        "print(load_backbone(section).model.config._attn_implementation)\n"
+        "assert 'flash_attn' not in sys.modules\n"
+    )
+    path = os.pathsep.join([sys.path[0], str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tiny_model)],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout.split()) == (0, ["sdpa"]), done.stderr
 
 
 def test_an_automatic_choice_of_attention_falls_back(

@@ -14,10 +14,11 @@ from treelora_cli.errors import UsageError
 from treelora_cli.models.adapted import MOST_BESIDE, AdaptedModel
 from treelora_cli.models.backbone import load_backbone
 from treelora_cli.models.encode import Encoder
-from treelora_cli.models.generate import SharedPrefix, generate
+from treelora_cli.models.generate import SharedPrefix, generate, generate_batches
 from treelora_cli.models.grouping import group_by_length
 from treelora_cli.models.likelihood import choose_batches
 from treelora_cli.models.snapshot import Snapshot
+from treelora_cli.models.spread import Spread
 from treelora_cli.recipe import LoraSection, ModelSection
 
 INSTRUCTION = "Which letter comes next? Say nothing else, please. "
@@ -199,3 +200,25 @@ def test_real_tasks_are_answered_as_one_by_one() -> None:
         one_by_one = [generate(model, encoder, [prompt], 8, 1)[0] for prompt in prompts]
         assert generate(model, encoder, prompts, 8, 3) == one_by_one, task.name
     assert shared >= 5
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_processes_share_out_batches_and_meet_equally_often(model: AdaptedModel, size: int) -> None:
+    """The answers are those of one process; where a process has no batch left it yields none."""
+    encoder = encoder_of(model)
+    alone = generate(model, encoder, PROMPTS, LONGEST, 2)
+    chosen = [by_label(model, encoder, prompt)[0] for prompt in PROMPTS]
+    generated = [
+        list(generate_batches(model, encoder, PROMPTS, LONGEST, 2, spread=Spread(rank, size)))
+        for rank in range(size)
+    ]
+    compared = [
+        list(choose_batches(model, encoder, PROMPTS, LABELS, " ", 2, spread=Spread(rank, size)))
+        for rank in range(size)
+    ]
+    for ranks, wanted in ((generated, alone), (compared, chosen)):
+        assert len({len(batches) for batches in ranks}) == 1
+        found = [pair for batches in ranks for batch in batches for pair in batch.items()]
+        assert sorted(found) == list(enumerate(wanted))  # every prompt once
+    busy = [sum(map(bool, batches)) for batches in generated]
+    assert max(busy) - min(busy) <= 1

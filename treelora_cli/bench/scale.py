@@ -25,6 +25,8 @@ TASKS = (8, 100, 10_000)
 PROCESSES = (8, 64)
 LINK = 25e9
 """Bytes a second between machines: a 200 Gbit/s network."""
+NEAR, MACHINE = 400e9, 8
+"""Bytes a second between the accelerators of a machine (NVLink), and how many it has."""
 SPEED = 400e12
 """Operations a second that a present accelerator reaches in bfloat16, about 40 % of its peak."""
 GB = 1e9
@@ -106,6 +108,7 @@ def training(size: Size, found: Counted) -> Row:
     Weights in bfloat16 or 4 bit (with a scale of 8 bit for 64 of them), the adapter in float32 with
     gradient and two moments; ZeRO 1 shares the moments out, ZeRO 2 the gradients too. A step reads
     the base twice with two operations an entry and token: forward, and backward to the activations.
+    With FSDP2 the accelerators of a machine share the base, and gather it in each of the two.
     """
     row: Row = {
         "model": size.name,
@@ -114,6 +117,8 @@ def training(size: Size, found: Counted) -> Row:
         "adapter_mb": 4 * found.adapter / 1e6,
         "optimizer_mb": 8 * found.adapter / 1e6,
         "step_s": 4 * found.base * TOKENS / SPEED,
+        "part_gb": 2 * found.base / MACHINE / GB,
+        "gather_s": 2 * 2 * found.base * (MACHINE - 1) / MACHINE / NEAR,
     }
     for processes in PROCESSES:
         row[f"zero1_{processes}_mb"] = 8 * found.adapter / processes / 1e6
@@ -153,6 +158,8 @@ def run(plan: Plan, say: Say) -> Sequence[Table]:
         Column("adapter MB", ("adapter_mb",)),
         Column("moments MB", ("optimizer_mb",)),
         Column("step, 1 s", ("step_s",), 2),
+        Column(f"base, {MACHINE} x FSDP2 GB", ("part_gb",)),
+        Column(f"gather, {MACHINE} x FSDP2 s", ("gather_s",), 3),
         *spread,
     )
     where = "LoRA of rank 8 on query and value"
@@ -171,7 +178,8 @@ def run(plan: Plan, say: Say) -> Sequence[Table]:
             [training(size, one) for size, one in found],
             (
                 f"Computed at {SPEED / 1e12:.0f} TFLOP/s a process and {LINK / GB:.0f} GB/s "
-                "between them, without activations; every process holds the whole base.",
+                f"between machines, {NEAR / GB:.0f} within one, without activations. Every process "
+                "holds the whole base but with FSDP2, where one forward pass of a step is counted.",
             ),
         ),
     ]

@@ -15,7 +15,7 @@ from treelora_cli.cli import builtin, tree
 from treelora_cli.cli.bench import bench
 from treelora_cli.cli.eval import evaluate
 from treelora_cli.cli.export import export
-from treelora_cli.cli.launch import hold_lifeline, rank
+from treelora_cli.cli.launch import hold_lifeline, leave, rank
 from treelora_cli.cli.logs import set_up_logging
 from treelora_cli.cli.merge import merge
 from treelora_cli.cli.methods import methods
@@ -110,9 +110,11 @@ def main() -> NoReturn:
         hint = "this is a fault in treelora; `treelora --debug ...` shows where"
         _explain(f"{type(error).__name__}: {error}", hint, 1)
         code = 1
+    except SystemExit as ending:  # how Typer ends a command, also one that went well
+        code = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
     else:
         code = 0
-    sys.exit(code)
+    leave(code)
 
 
 def _explain(message: str, hint: str, code: int) -> None:

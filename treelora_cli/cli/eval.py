@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from treelora_cli.cli.launch import Processes, together
 from treelora_cli.cli.names import names_from
 from treelora_cli.cli.output import print_json, stderr, stdout
 from treelora_cli.errors import UsageError
@@ -107,6 +108,7 @@ def evaluate(
     data: Annotated[
         str | None, typer.Option(help="Where the tasks are now, if they moved.", show_default=False)
     ] = None,
+    nproc: Processes = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Ask a run's adapters the test rows of its tasks and score the answers.
@@ -142,13 +144,23 @@ def evaluate(
             when = f" after {event['after']}" if history else ""
             stderr().print(f"scored {event['task']}{when} on {event['rows']} rows", markup=False)
 
-    if routing:
-        from treelora_cli.engine.route_run import RouteRequest, route_run
+    with together(nproc) as world:
+        if routing:
+            from treelora_cli.engine.route_run import RouteRequest, route_run
 
-        way = RouteRequest(route_threshold, strip_instructions, history)
-        _print_routed(run_dir, route_run(run_dir, request, way, show), as_json)
+            way = RouteRequest(route_threshold, strip_instructions, history)
+            routed = route_run(run_dir, request, way, show, world)
+        else:
+            cells = evaluate_run(run_dir, request, show, world)
+    if not world.first:
         return
-    cells = evaluate_run(run_dir, request, show)
+    if routing:
+        _print_routed(run_dir, routed, as_json)
+    else:
+        _print_cells(run_dir, cells, as_json)
+
+
+def _print_cells(run_dir: Path, cells: list[Cell], as_json: bool) -> None:
     if as_json:
         print_json({"run": str(run_dir), "cells": [asdict(cell) for cell in cells]})
     else:

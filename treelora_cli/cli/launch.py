@@ -10,8 +10,17 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from treelora_cli.errors import EnvironmentProblem
+
+if TYPE_CHECKING:
+    from treelora_cli.engine.world import World
 
 GRACE = 15.0
 """Seconds the others get to notice by themselves that one has ended, before they are told to."""
@@ -27,6 +36,36 @@ def rank() -> int:
 def launched() -> bool:
     """Tell whether a launcher (ours, torchrun, deepspeed) started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+Processes = Annotated[
+    int | None,
+    typer.Option(
+        "--nproc",
+        min=1,
+        help="Processes on this machine that work together, one for each GPU; for several machines "
+        "start with torchrun or deepspeed.",
+        show_default=False,
+    ),
+]
+
+
+@contextmanager
+def together(count: int | None) -> Iterator[World]:
+    """Be one of several processes, started here unless a launcher has started them; or be alone.
+
+    Args:
+        count: processes that were asked for; None: as many as a launcher has started, else one.
+
+    Raises:
+        EnvironmentProblem: a launcher has started another number, or they cannot meet.
+    """
+    if (count or 1) > 1 and not launched():
+        raise typer.Exit(launch(count or 1))
+    from treelora_cli.engine.world import joined
+
+    with joined(count) as world:
+        yield world
 
 
 def launch(count: int) -> int:
@@ -62,7 +101,7 @@ def launch(count: int) -> int:
         for number, handler in previous.items():
             signal.signal(number, handler)
         os.close(writing)
-    if failed is not None and failed > 0:
+    if failed and _says_more(children[failed].returncode, children[0].returncode):
         _tell(failed, children[failed].returncode, said[failed])
     codes = [_code(child.returncode) for child in children]
     return codes[0] or next((code for code in codes if code), 0)
@@ -130,8 +169,31 @@ def _tell(at: int, code: int, said: IO[bytes] | None) -> None:
     sys.stderr.write(f"process {at} {how}\n" + (f"{text}\n" if text else ""))
 
 
+def _says_more(code: int, first: int) -> bool:
+    """Tell whether the process that failed said what the first one did not.
+
+    What is wrong with a command all processes say alike, and the first one's line is there already;
+    that another one has ended is all the first one knows of a broken environment.
+    """
+    return code != first or code == EnvironmentProblem.code
+
+
 def _code(code: int) -> int:
     return 128 - code if code < 0 else code
+
+
+def leave(code: int) -> NoReturn:
+    """End this process.
+
+    One of several ends at once: gloo's threads may still let go of tensors after the last exchange,
+    and where Python is being taken down meanwhile they abort the process (pytorch#190489).
+    """
+    if launched():
+        with suppress(BrokenPipeError):
+            sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def hold_lifeline() -> None:

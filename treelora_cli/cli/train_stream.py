@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from treelora_cli.cli.launch import launch, launched, rank
+from treelora_cli.cli.launch import Processes, launched, rank, together
 from treelora_cli.cli.names import arriving, names_from, split_names
 from treelora_cli.cli.output import print_json_line, write_out
 from treelora_cli.errors import UsageError
@@ -78,15 +78,7 @@ def train_stream(
     seeds: Annotated[
         str | None, typer.Option(help="Sweep over these seeds, e.g. 1,2,3.", show_default=False)
     ] = None,
-    nproc: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Processes on this machine that train together, one for each GPU; for several "
-            "machines start with torchrun or deepspeed.",
-            show_default=False,
-        ),
-    ] = None,
+    nproc: Processes = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would run, check everything, and stop.")
     ] = False,
@@ -127,14 +119,10 @@ def _start(
             "--tasks - cannot be combined with --methods, --seeds, --dry-run or several processes",
             "name the tasks, or put them into a file: --tasks @FILE",
         )
-    if several and not (launched() or asked.dry_run):
-        raise typer.Exit(launch(nproc or 1))
     if asked.dry_run:
         _all(asked, run_dir, methods, seeds, None)
     else:
-        from treelora_cli.engine.world import joined
-
-        with joined(nproc) as world:
+        with together(nproc) as world:
             _all(asked, run_dir, methods, seeds, world)
     if not (asked.as_json or asked.dry_run) and rank() == 0:
         write_out(str(run_dir))

@@ -29,9 +29,10 @@ from treelora_cli.models.encode import Batch
 from treelora_cli.models.forward import answer_logits
 from treelora_cli.recipe import OptimSection
 
-Kind = Literal["ddp", "zero1", "zero2"]
+Kind = Literal["ddp", "zero1", "zero2", "fsdp2"]
+ZERO: tuple[Kind, ...] = ("zero1", "zero2")
 
-WORKS_UNDER_ZERO: frozenset[str] = frozenset({"penalty"})
+WORKS_UNDER_ZERO: frozenset[str] = frozenset({"penalty", "weights"})
 """What a method may need where gradients are sharded."""
 
 
@@ -64,6 +65,9 @@ class Drive(ABC):
     @abstractmethod
     def step(self) -> Tensor:
         """Clip and move; return the gradient's norm before clipping, on the device."""
+
+    def written(self) -> None:  # noqa: B027 - most keep no weights but the model's
+        """Take up what a method has written into the trainable weights after a step."""
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
@@ -163,12 +167,16 @@ def make_drive(
     """
     if not method.trains:
         return IdleDrive()
-    if kind != "ddp":
+    if kind in ZERO:
         from treelora_cli.engine.drive_zero import ZeroDrive
 
         return ZeroDrive(adapted, optim, method.rate, world, stage=int(kind[-1]))
     if world.alone:
         return PlainDrive(adapted, optim, method.rate)
+    if kind == "fsdp2":
+        from treelora_cli.engine.drive_sharded import ShardedDrive
+
+        return ShardedDrive(adapted, optim, method.rate, world)
     from treelora_cli.engine.drive_ddp import DdpDrive
 
     return DdpDrive(adapted, optim, method.rate, world)
@@ -182,7 +190,7 @@ def check_drive(kind: Kind, method: Method, world: World) -> None:
     """
     if kind == "ddp":
         return
-    lacking = sorted(method.needs - WORKS_UNDER_ZERO)
+    lacking = sorted(method.needs - WORKS_UNDER_ZERO) if kind in ZERO else []
     if lacking:
         raise UsageError(
             f"{method.name} needs {' and '.join(lacking)} of a step, which DeepSpeed's {kind} "
@@ -191,6 +199,7 @@ def check_drive(kind: Kind, method: Method, world: World) -> None:
         )
     if world.alone:
         raise UsageError(
-            f"processes.engine={kind} shares the optimizer out among processes; there is one",
+            f"processes.engine={kind} shares {'the optimizer' if kind in ZERO else 'the base'} out "
+            "among processes; there is one",
             "add --nproc N, start with torchrun or deepspeed, or use processes.engine=ddp",
         )

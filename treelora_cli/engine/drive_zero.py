@@ -120,6 +120,11 @@ class ZeroDrive(Drive):
         norm = self._engine.get_global_grad_norm()
         return torch.as_tensor(norm, dtype=torch.float32, device=self._parameters[0].device)
 
+    def written(self) -> None:
+        """Put the model's weights into DeepSpeed's own copy, which its next step starts from."""
+        for parameter in self._order:
+            self._utils.safe_set_full_fp32_param(parameter, parameter.detach())
+
     def tensors(self) -> dict[str, Tensor]:
         """Gather AdamW's moments; every process gets the whole."""
         found: dict[str, Tensor] = {}
@@ -144,12 +149,13 @@ class ZeroDrive(Drive):
                 "the checkpoint's optimizer state does not fit the adapter",
                 "was the run made with other lora settings? start a new run directory",
             )
-        weights = [parameter.detach().float().clone() for parameter in ordered]
+        weights = [parameter.detach().clone() for parameter in ordered]
         self._make_state()
-        for number, (parameter, weight) in enumerate(zip(ordered, weights, strict=True)):
-            with torch.no_grad():
+        with torch.no_grad():
+            for parameter, weight in zip(ordered, weights, strict=True):
                 parameter.copy_(weight)
-            self._utils.safe_set_full_fp32_param(parameter, weight)
+        self.written()
+        for number, parameter in enumerate(ordered):
             for name in MOMENTS:
                 value = tensors[f"{number}.{name}"].to(parameter.device)
                 self._utils.safe_set_full_optimizer_state(parameter, value, name)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from treelora_cli.engine.adapters import Place, since, trained_places
+from treelora_cli.engine.building import build_model
 from treelora_cli.engine.evaluation import (
     LIKELIHOOD,
     Asked,
@@ -20,9 +22,9 @@ from treelora_cli.engine.opening import check_base, load_stream_tasks, start_met
 from treelora_cli.engine.plan import pick
 from treelora_cli.engine.signals import StopFlag
 from treelora_cli.engine.store import Finished, load_adapter, snapshot_hash
+from treelora_cli.engine.world import ALONE, World
 from treelora_cli.errors import DataError, RunDirError, UsageError
 from treelora_cli.methods.base import Method, build_method
-from treelora_cli.models.backbone import load_backbone
 from treelora_cli.recipe import Recipe, build_recipe, read_yaml
 from treelora_cli.rundir.events import EventLog
 from treelora_cli.rundir.layout import RunDir
@@ -57,7 +59,10 @@ class EvalRequest:
 
 
 def evaluate_run(
-    path: Path, request: EvalRequest, show: Callable[[dict[str, Any]], None]
+    path: Path,
+    request: EvalRequest,
+    show: Callable[[dict[str, Any]], None],
+    world: World = ALONE,
 ) -> list[Cell]:
     """Evaluate a run's adapters; cells that are known already are not computed again.
 
@@ -65,6 +70,7 @@ def evaluate_run(
         path: the run directory.
         request: what to evaluate.
         show: told of every new cell.
+        world: the processes that evaluate together, all called with the same arguments.
 
     Returns:
         One cell per task, in stream order.
@@ -80,15 +86,8 @@ def evaluate_run(
         learned = [entry["name"] for entry in run.info.tasks]
         _refuse_own(request.adapter)
     names = pick(learned, listed(request.tasks), "task")
-    with StopFlag() as stop, RunLock(path):
-        log = EventLog(run.events)
-        prepared = prepare_evaluation(
-            run,
-            request,
-            names,
-            lambda kind, fields: show(log.append(kind, sync=True, **fields)),
-            stop,
-        )
+    with StopFlag(world.largest) as stop, writing(path, world):
+        prepared = prepare_evaluation(run, request, names, logged(run, show), stop, world)
         return _cells(prepared, trained, answering, request)
 
 
@@ -107,8 +106,31 @@ class Prepared:
     method: Method
 
 
+@contextmanager
+def writing(path: Path, world: World) -> Iterator[None]:
+    """Hold a run directory for all processes; the first one locks it.
+
+    Raises:
+        RunDirError: another command is writing to it.
+    """
+    with RunLock(path) if world.first else nullcontext():
+        world.wait()
+        yield
+
+
+def logged(run: RunDir, show: Callable[[dict[str, Any]], None]) -> Emit:
+    """Return what writes to events.jsonl and shows what it has written."""
+    log = EventLog(run.events)
+    return lambda kind, fields: show(log.append(kind, sync=True, **fields))
+
+
 def prepare_evaluation(
-    run: RunDir, request: EvalRequest, names: Sequence[str], emit: Emit, stop: StopFlag
+    run: RunDir,
+    request: EvalRequest,
+    names: Sequence[str],
+    emit: Emit,
+    stop: StopFlag,
+    world: World = ALONE,
 ) -> Prepared:
     """Load tasks and model of a run, checked to be the run's own.
 
@@ -118,6 +140,7 @@ def prepare_evaluation(
         names: the tasks.
         emit: told of every new cell.
         stop: checked before every batch.
+        world: the processes that evaluate together.
 
     Raises:
         TreeloraError: of the kind and exit code that fits what is wrong.
@@ -126,10 +149,10 @@ def prepare_evaluation(
     tasks = load_stream_tasks(recipe, names)
     check_rows(run, tasks)
     _check_scoring(request, recipe, tasks)
-    backbone = load_backbone(recipe.model)
-    check_base(run, backbone)
+    world = world.under(recipe.processes.engine)
     method = build_method(recipe)
-    adapted = method.build(backbone, recipe.lora, recipe.stream.seed)
+    adapted = build_model(recipe, method, world)
+    check_base(run, adapted.backbone)
     start_method(method, recipe, adapted)
     evaluator = Evaluator(
         adapted=adapted,
@@ -141,6 +164,8 @@ def prepare_evaluation(
         emit=emit,
         stop=stop,
         questions=method.questions,
+        world=world,
+        spread=world.spread,
     )
     return Prepared(tasks, evaluator, method)
 

@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 
 from treelora_cli.engine.shortage import evaluation_hint, explaining_shortage
 from treelora_cli.engine.signals import StopFlag
+from treelora_cli.engine.world import ALONE, World
 from treelora_cli.models.adapted import MOST_BESIDE, AdaptedModel
 from treelora_cli.models.encode import Encoder, encoder_for
 from treelora_cli.models.generate import DECODING, Adapters, generate_batches
 from treelora_cli.models.likelihood import choose_batches
 from treelora_cli.models.snapshot import Snapshot
+from treelora_cli.models.spread import ALL, Spread
 from treelora_cli.recipe import DataSection, EvalSection
 from treelora_cli.rundir import faults
 from treelora_cli.rundir.atomic import write_file
@@ -127,6 +129,9 @@ class Evaluator:
     decoding and code version gives its readings and its answers. The base and the fingerprint of
     each task are the same for all cells of a run, for both are checked whenever it is opened.
 
+    Several processes do all of this together: each answers its part of the batches, all have the
+    same cells, and the first looks into the run directory and writes.
+
     Attributes:
         adapted: the model.
         data: lengths of prompts and answers.
@@ -137,6 +142,8 @@ class Evaluator:
         emit: told of every new cell.
         stop: checked before every batch.
         questions: what a task's prompts are asked as; the base is asked them as they are.
+        world: the processes that evaluate together.
+        spread: how batches are shared out among them; by itself every process answers all.
     """
 
     adapted: AdaptedModel
@@ -148,6 +155,8 @@ class Evaluator:
     emit: Emit
     stop: StopFlag
     questions: Callable[[Task, Sequence[str]], list[str]] = _as_they_are
+    world: World = ALONE
+    spread: Spread = ALL
 
     def cell(self, asked: Asked) -> Cell:
         """Return one cell; see :meth:`cells`."""
@@ -233,7 +242,7 @@ class Evaluator:
 
     def _stored_lines(self, cell: Cell) -> bytes | None:
         path = self._path(cell, self._place(cell.after))
-        return path.read_bytes() if path.is_file() else None
+        return self.world.agree(lambda: path.read_bytes() if path.is_file() else None)
 
     def _has_room(self, group: Sequence[Wanted], one: Asked) -> bool:
         rows = sum(wanted.cell.rows for wanted in group) + len(one.task.splits[one.split])
@@ -287,7 +296,7 @@ class Evaluator:
     def batches(
         self, way: Way, prompts: list[str], adapters: Adapters | None
     ) -> Iterator[dict[int, str]]:
-        """Yield answers batch by batch, by the prompts' numbers.
+        """Yield answers by the prompts' numbers: a batch, or one of every process, at a time.
 
         Args:
             way: how the prompts are answered.
@@ -299,6 +308,16 @@ class Evaluator:
             Interrupted: a signal came.
             EnvironmentProblem: memory ran out.
         """
+        if self.spread.size == 1:
+            yield from self._own_batches(way, prompts, adapters)
+            return
+        for mine in self._own_batches(way, prompts, adapters):
+            yield {at: text for part in self.world.gather(mine) for at, text in part.items()}
+
+    def _own_batches(
+        self, way: Way, prompts: list[str], adapters: Adapters | None
+    ) -> Iterator[dict[int, str]]:
+        """Yield the answers of this process's batches."""
         encoder = build_encoder(self.adapted, self.data)
 
         def before_batch() -> None:
@@ -310,12 +329,12 @@ class Evaluator:
             if way.decoding == LIKELIHOOD:
                 yield from choose_batches(
                     self.adapted, encoder, prompts, way.labels, way.separator, size, before_batch,
-                    batch_tokens=tokens, adapters=adapters,
+                    batch_tokens=tokens, adapters=adapters, spread=self.spread,
                 )  # fmt: skip
             else:
                 yield from generate_batches(
                     self.adapted, encoder, prompts, way.longest, size, before_batch,
-                    batch_tokens=tokens, adapters=adapters,
+                    batch_tokens=tokens, adapters=adapters, spread=self.spread,
                 )  # fmt: skip
 
     def measure(
@@ -345,10 +364,12 @@ class Evaluator:
 
     def _keep(self, asked: Asked, cell: Cell, answers: bytes) -> None:
         """Write the answers, then the cell that they belong to, and tell of it."""
+        self.scores.put(cell)
+        if not self.world.first:
+            return
         path = self._path(cell, asked.place)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, answers)
-        self.scores.put(cell)
         self.scores.save(self.run.scores)
         told = ("after", "task", "adapter", "metric", "score", "rows")
         self.emit("evaluated", {name: asdict(cell)[name] for name in told})

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from treelora_cli.engine.alike import check_same_inputs, check_same_recipe
+from treelora_cli.engine.building import build_model, check_building
 from treelora_cli.engine.drive import check_drive
 from treelora_cli.engine.environment import versions
 from treelora_cli.engine.merging import tidy
@@ -17,10 +19,10 @@ from treelora_cli.engine.world import ALONE, World
 from treelora_cli.errors import DataError, UsageError
 from treelora_cli.methods.base import Method, StreamContext, build_method
 from treelora_cli.models.adapted import AdaptedModel
-from treelora_cli.models.backbone import Backbone, load_backbone
+from treelora_cli.models.backbone import Backbone
 from treelora_cli.models.encode import encoder_for
 from treelora_cli.models.packing import require_packing
-from treelora_cli.models.recompute import recompute_layers
+from treelora_cli.models.sharded import check_base_is_left_alone
 from treelora_cli.models.soft import require_condition
 from treelora_cli.recipe import Recipe
 from treelora_cli.rundir.atomic import write_file
@@ -83,12 +85,15 @@ def open_for_training(recipe: Recipe, path: Path, world: World = ALONE) -> Itera
     Raises:
         TreeloraError: of the kind and exit code that fits what is wrong.
     """
+    check_same_recipe(recipe, world)
     method = build_method(recipe)
+    world = world.under(recipe.processes.engine)
     check_drive(recipe.processes.engine, method, world)
     exists = (path / "run.json").exists()
+    check_building(recipe, world)
     if not world.first:
         tasks = load_stream_tasks(recipe, recipe.stream.tasks)
-        adapted = _load_model(recipe, method, tasks)
+        adapted = _load_model(recipe, method, tasks, world)
         world.wait()
         yield Opened(None, RunDir.open(path), recipe, tasks, adapted, method, world)
         return
@@ -100,7 +105,7 @@ def open_for_training(recipe: Recipe, path: Path, world: World = ALONE) -> Itera
             yield opened
         return
     tasks = load_stream_tasks(recipe, recipe.stream.tasks)
-    adapted = _load_model(recipe, method, tasks)
+    adapted = _load_model(recipe, method, tasks, world)
     with RunLock(path, create=True) as lock:
         run = RunDir.create(path, _new_info(recipe, method, adapted.backbone), recipe.to_yaml())
         _add_tasks(run, tasks)
@@ -114,7 +119,7 @@ def _load(lock: RunLock, recipe: Recipe, path: Path, method: Method, world: Worl
     tidy(run)
     tasks = load_stream_tasks(recipe, recipe.stream.tasks)
     _check_data(run, tasks)
-    adapted = _load_model(recipe, method, tasks)
+    adapted = _load_model(recipe, method, tasks, world)
     check_base(run, adapted.backbone)
     write_file(run.recipe_yaml, recipe.to_yaml())
     _add_tasks(run, tasks)
@@ -143,21 +148,23 @@ def append_task(run: RunDir, recipe: Recipe, name: str) -> tuple[Recipe, Task]:
     return longer, task
 
 
-def _load_model(recipe: Recipe, method: Method, tasks: Sequence[Task]) -> AdaptedModel:
+def _load_model(
+    recipe: Recipe, method: Method, tasks: Sequence[Task], world: World
+) -> AdaptedModel:
     """Load the model and let recipe and method meet it, since they may not fit its shape."""
     forecast = foresee(recipe, method, tasks)
     if forecast is not None:
         forecast.warn()
     with explaining_shortage("loading the model", partial(training_hint, recipe, method, tasks)):
-        backbone = load_backbone(recipe.model)
-        if recipe.optim.gradient_checkpointing:
-            recompute_layers(backbone.model)
-        adapted = method.build(backbone, recipe.lora, recipe.stream.seed)
+        adapted = build_model(recipe, method, world)
     backbone = adapted.backbone
     encoder_for(backbone.tokenizer, recipe.data, backbone.positions, encodes=backbone.encodes)
     if recipe.optim.packing:
         require_packing(adapted)
+    check_same_inputs(tasks, backbone, world)
     start_method(method, recipe, adapted)
+    if world.sharded:
+        check_base_is_left_alone(adapted)
     require_condition(adapted, recipe.data, packing=recipe.optim.packing)
     return adapted
 

@@ -21,9 +21,11 @@ from treelora_cli.engine.evaluate_run import (
     EvalRequest,
     check_rows,
     listed,
+    logged,
     prepare_evaluation,
     recipe_for,
     trained_tasks,
+    writing,
 )
 from treelora_cli.engine.evaluation import BASE, Evaluator
 from treelora_cli.engine.opening import load_stream_tasks
@@ -39,12 +41,11 @@ from treelora_cli.engine.routes import (
     sampled,
 )
 from treelora_cli.engine.signals import StopFlag
+from treelora_cli.engine.world import ALONE, World
 from treelora_cli.errors import RunDirError, TreeloraError, UsageError
 from treelora_cli.recipe import Recipe, RouteSection
 from treelora_cli.routing.quality import accuracy, confusion
-from treelora_cli.rundir.events import EventLog
 from treelora_cli.rundir.layout import RunDir
-from treelora_cli.rundir.lock import RunLock
 from treelora_cli.rundir.merged import read_merged
 from treelora_cli.rundir.scores import Cell
 from treelora_cli.tasks.shared_text import strip_shared
@@ -83,7 +84,11 @@ class RouteResult:
 
 
 def route_run(
-    path: Path, request: EvalRequest, way: RouteRequest, show: Callable[[dict[str, Any]], None]
+    path: Path,
+    request: EvalRequest,
+    way: RouteRequest,
+    show: Callable[[dict[str, Any]], None],
+    world: World = ALONE,
 ) -> RouteResult:
     """Evaluate a run's adapters, each row through the one it is sent to.
 
@@ -92,6 +97,7 @@ def route_run(
         request: what to evaluate; its ``adapter`` is not looked at.
         way: how rows are routed.
         show: told of every new cell.
+        world: the processes that evaluate together, all called with the same arguments.
 
     Raises:
         TreeloraError: of the kind and exit code that fits what is wrong.
@@ -100,12 +106,8 @@ def route_run(
     places = trained_tasks(run)
     _refuse(run, way)
     names = pick([name for _, name in places], listed(request.tasks), "task")
-    with StopFlag() as stop, RunLock(path):
-        log = EventLog(run.events)
-        prepared = prepare_evaluation(
-            run, request, names, lambda kind, fields: show(log.append(kind, sync=True, **fields)),
-            stop,
-        )  # fmt: skip
+    with StopFlag(world.largest) as stop, writing(path, world):
+        prepared = prepare_evaluation(run, request, names, logged(run, show), stop, world)
         tasks, evaluator = prepared.tasks, prepared.evaluator
         traffic = _traffic(run, request, way, places, evaluator, stop)
         return _Routing(evaluator, traffic, places, tasks, request.split).run(way.history)
@@ -220,7 +222,8 @@ class _Routing:
         now = len(self._places)
         features = self._traffic.read(self._tasks, self._split)
         moments = range(1, now + 1) if history else [now]
-        sent = {(i, name): one for i, name, one in self._traffic.send(features, moments)}
+        routed = self._evaluator.world.agree(lambda: list(self._traffic.send(features, moments)))
+        sent = {(i, name): one for i, name, one in routed}
         wanted = [(i, task) for task in self._tasks for i in moments if (i, task.name) in sent]
         cells = RoutedEvaluator(self._evaluator, self._shelf, self._split).cells(
             [
@@ -230,7 +233,8 @@ class _Routing:
         )
         order = sorted(range(len(wanted)), key=lambda number: wanted[number][0])
         last = {task.name: sent[now, task.name] for task in self._tasks}
-        return RouteResult([cells[number] for number in order], self._facts(features, last))
+        facts = self._evaluator.world.agree(lambda: self._facts(features, last))
+        return RouteResult([cells[number] for number in order], facts)
 
     def _facts(self, features: dict[str, Tensor], sent: dict[str, Sent]) -> dict[str, Any]:
         names, cost = self._traffic.names, self._traffic.cost

@@ -71,7 +71,7 @@ class RoutedStream:
         asked: Sequence[Task],
         features: Mapping[str, Tensor],
     ) -> list[RoutedCell]:
-        sent = traffic.among(learned, features)
+        sent = self._evaluator.world.agree(lambda: traffic.among(learned, features))
         return [
             routed_cell(traffic, shelf, learned, task, sent[task.name], self._split)
             for task in asked

@@ -61,7 +61,7 @@ def run_stream(
         TreeloraError: of the kind and exit code that fits what is wrong; what was finished before
             is kept, and an interrupted run goes on when called again.
     """
-    with StopFlag() as stop, open_for_training(recipe, path, world) as opened:
+    with StopFlag(world.largest) as stop, open_for_training(recipe, path, world) as opened:
         _Stream(opened, stop, show).run(arrivals)
 
 
@@ -79,7 +79,8 @@ class _Stream:
         self.stop = stop
         self.show = show
         self.log = EventLog(opened.run.events)
-        self.resume_hint = f"go on with: treelora train-stream --run-dir {opened.run.path}"
+        many = "" if self.world.alone else f" --nproc {self.world.size}"
+        self.resume_hint = f"go on with: treelora train-stream --run-dir {opened.run.path}{many}"
         self.units = units(opened.method.mode, opened.tasks)
         evaluator = Evaluator(
             adapted=opened.adapted,
@@ -91,6 +92,8 @@ class _Stream:
             emit=self.emit,
             stop=stop,
             questions=opened.method.questions,
+            world=opened.world,
+            spread=opened.world.spread,
         )
         self.matrix = Matrix(evaluator, opened.recipe.eval, opened.method.mode, opened.tasks)
 
@@ -192,14 +195,14 @@ class _Stream:
         began = time.perf_counter()
         train_seconds = 0.0
         if not trained:
-            self._first(partial(self.matrix.before, unit))
+            self.matrix.before(unit)
             began_training = time.perf_counter()
             hint = partial(training_hint, self.recipe, self.method, unit.tasks)
             with explaining_shortage(f"training task {unit.task.name}", hint):
                 train_seconds = self._train(unit)
             began += time.perf_counter() - began_training
         self._keep_to_budget(unit)
-        self._first(partial(self.matrix.after, unit))
+        self.matrix.after(unit)
         self._set_status(unit, "finished")
         seconds = {"train": train_seconds, "evaluate": time.perf_counter() - began}
         if trained:
@@ -303,11 +306,8 @@ class _Stream:
         return trainer.seconds
 
     def _read_prompts(self, unit: Unit) -> Collected:
-        """Read what routing needs; where all tasks share an adapter, nothing.
-
-        The first process stores it, so the others need not read it.
-        """
-        wanted = self.method.mode != "joint" and self.world.first
+        """Read what routing needs; where all tasks share an adapter, nothing."""
+        wanted = self.method.mode != "joint"
         count = self.recipe.route.prompts if wanted else 0
         note = f"stopped while reading prompts of task {unit.task.name}"
         eye = Eye(self.adapted, self.recipe.data, partial(self.stop.raise_if_set, note))
@@ -355,19 +355,20 @@ class _Stream:
     def _after_step(self, trainer: TaskTrainer) -> None:
         if trainer.step == trainer.plan.steps:
             return
-        # A signal may reach one process and not another: they agree on it before each step.
-        self.stop.signum = self.world.largest(self.stop.signum or 0) or None
-        if self.stop.signum or trainer.step % self.recipe.stream.checkpoint_steps == 0:
+        signum = self.stop.asked()
+        if signum or trainer.step % self.recipe.stream.checkpoint_steps == 0:
             for result in trainer.drain():
                 self._show_step(trainer, result)
             tensors, values = trainer.checkpoint()
             if self.world.first:
                 checkpoints.save(self.run_dir, trainer.step, tensors, values)
             self.emit("checkpoint", {"task": trainer.task.name, "step": trainer.step})
-        self.stop.raise_if_set(
-            f"stopped in task {trainer.task.name} after step {trainer.step} of "
-            f"{trainer.plan.steps}; the state is saved in {self.run_dir.path}"
-        )
+        if signum:
+            raise Interrupted(
+                signum,
+                f"stopped in task {trainer.task.name} after step {trainer.step} of "
+                f"{trainer.plan.steps}; the state is saved in {self.run_dir.path}",
+            )
 
     def _task_document(self, unit: Unit, trainer: TaskTrainer) -> dict[str, Any]:
         return facts(unit, self.recipe) | {

@@ -190,6 +190,8 @@ class TaskTrainer:
         self.method.after_backward(context)
         norm = self.drive.step()
         info = self.method.after_step(context)
+        if "weights" in self.method.needs:
+            self.drive.written()
         numbers = [context.loss, norm] if penalty is None else [context.loss, norm, penalty]
         return _InFlight(self.step, lr, share.tokens, Readback(torch.stack(numbers)), info)
 
@@ -201,7 +203,11 @@ class TaskTrainer:
             are those of all processes.
         """
         passes = share.passes
-        own = [one.batch for one in passes if one.counts]
+        own = (
+            self.forwards.of(self.step)
+            if self.world.sharded
+            else [one.batch for one in passes if one.counts]
+        )
         under = partial(
             gradient_under, self.adapted, own, tokens=share.answer_tokens, spread=self.spread
         )
@@ -229,7 +235,7 @@ class TaskTrainer:
                         penalties.append(penalty.detach() / self.drive.times)
                         loss = loss + penalty
             self.drive.backward(loss, last=last)
-        return step, self._total(penalties) if penalties else None
+        return step, self._total_penalty(penalties)
 
     def _of_pass(
         self, share: StepShare, number: int, logits: Tensor, loss: Tensor
@@ -244,6 +250,17 @@ class TaskTrainer:
         )
         penalty = self.method.penalty(context)
         return None if penalty is None else penalty * part
+
+    def _total_penalty(self, penalties: list[Tensor]) -> Tensor | None:
+        """Return the sum over all processes; None where this one had no penalty.
+
+        With ``per_forward`` one without rows of its own has none and yet sums with the others.
+        The first process, which alone shows it, always has rows.
+        """
+        if not (penalties or self.method.per_forward):
+            return None
+        total = self._total(penalties or [torch.zeros((), device=self.adapted.device)])
+        return total if penalties else None
 
     def _total(self, values: list[Tensor]) -> Tensor:
         """Return the sum over this step's passes and over all processes."""

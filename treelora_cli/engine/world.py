@@ -7,18 +7,20 @@ variables of its environment. Without them a process is alone, and nothing here 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from treelora_cli.errors import EnvironmentProblem
-from treelora_cli.models.spread import Spread
+from treelora_cli.models.spread import ALL, Spread
+
+T = TypeVar("T")
 
 PATIENCE = timedelta(days=7)
 """How long the others wait while the first process scores or writes; a dead one is noticed."""
@@ -35,12 +37,15 @@ class World:
         size: how many processes there are.
         local_rank: its number on its machine, which is that of its accelerator.
         quiet: gloo's group for waiting and for small Python values; None alone.
+        sharded: whether the base is shared out: every process then makes all forward passes that
+            another one makes.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     quiet: Any = None
+    sharded: bool = False
 
     @property
     def first(self) -> bool:
@@ -52,6 +57,10 @@ class World:
         """Whether there is no other process."""
         return self.size == 1
 
+    def under(self, engine: str) -> World:
+        """Return the world as it is under an engine of the recipe."""
+        return replace(self, sharded=engine == "fsdp2" and not self.alone)
+
     def sum(self, values: Tensor) -> Tensor:
         """Return the sum of all processes' values, in place; the same bits everywhere."""
         if not self.alone:
@@ -61,8 +70,8 @@ class World:
 
     @property
     def spread(self) -> Spread:
-        """How methods' own work on rows is spread over the processes."""
-        return Spread(self.rank, self.size, self.sum)
+        """How methods' own work on rows, and answering, is spread over the processes."""
+        return ALL if self.sharded else Spread(self.rank, self.size, self.sum)
 
     def largest(self, value: int) -> int:
         """Return the largest of all processes' numbers; the host waits for them."""
@@ -81,6 +90,15 @@ class World:
         with noticing():
             dist.all_gather_object(found, value, group=self.quiet)
         return found
+
+    def agree(self, find: Callable[[], T]) -> T:
+        """Return what the first process finds; the others do not look."""
+        found: list[Any] = [find() if self.first else None]
+        if not self.alone:
+            with noticing():
+                dist.broadcast_object_list(found, src=0, group=self.quiet)
+        agreed: T = found[0]
+        return agreed
 
     def wait(self) -> None:
         """Wait until all processes are here."""

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import logging
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
 from treelora_cli.errors import DataError, EnvironmentProblem, TreeloraError
@@ -23,6 +25,7 @@ BUILTIN = Path(__file__).resolve().parent / "builtin"
 BUILTIN_NAME = "built-in base"
 SAMPLE_BYTES = 1 << 20
 HASH_WHOLE_BELOW = 1 << 28
+FLASH = "flash_attention_2"
 
 logger = logging.getLogger("treelora")
 
@@ -62,8 +65,12 @@ class Backbone:
         return bool(self.model.config.is_encoder_decoder)
 
 
-def load_backbone(section: ModelSection) -> Backbone:
+def load_backbone(section: ModelSection, *, on_host: bool = False) -> Backbone:
     """Load the backbone a recipe names; remote code is never run and only safetensors are read.
+
+    Args:
+        section: the recipe's ``model`` section.
+        on_host: leave the weights on the host, for somebody else to put them on the device.
 
     Raises:
         DataError: no such model, no weights, or an architecture that does not answer in text.
@@ -110,7 +117,7 @@ def load_backbone(section: ModelSection) -> Backbone:
     # transformers fills what a generation config leaves open from the model's own, which may hold
     # sampling, penalties or lengths; scores must not depend on them.
     model.generation_config = GenerationConfig()
-    if not packed:
+    if not (packed or on_host):
         model.to(device)
     return Backbone(
         model=model,
@@ -191,21 +198,52 @@ def _load_model(
 def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Return the attention implementation; FlashAttention only where it can run.
 
-    None leaves the choice to transformers: SDPA where the architecture has it, else eager.
+    None leaves the choice to transformers: SDPA where the architecture has it, else eager. The
+    package is imported only where it would run. One that was built for another torch fails then,
+    and ``auto`` goes on without it.
 
     Raises:
-        EnvironmentProblem: FlashAttention was asked for and is not installed.
+        EnvironmentProblem: FlashAttention was asked for and cannot run here.
     """
-    installed = importlib.util.find_spec("flash_attn") is not None
-    if wanted == "flash_attention_2" and not installed:
-        raise EnvironmentProblem(
-            "model.attention=flash_attention_2 needs the package flash-attn",
-            "pip install 'treelora[flash-attn]' (needs a CUDA toolkit), or model.attention=auto",
-        )
-    if wanted != "auto":
+    if wanted not in {"auto", FLASH}:
         return wanted
     fits = device.type == "cuda" and dtype in {torch.bfloat16, torch.float16}
-    return "flash_attention_2" if installed and fits else None
+    if wanted == "auto" and not (fits and find_spec("flash_attn")):
+        return None
+    if fits:
+        trouble, hint = _flash_trouble(device)
+    else:
+        where = f"{device.type} in {str(dtype).removeprefix('torch.')}"
+        trouble = f"flash-attn runs on CUDA in bfloat16 or float16, not on {where}"
+        hint = "use model.attention=auto"
+    if not trouble:
+        return FLASH
+    if wanted == FLASH:
+        raise EnvironmentProblem(f"model.attention={FLASH}: {trouble}", hint)
+    logger.info("attention is computed without FlashAttention: %s", trouble)
+    return None
+
+
+def _flash_trouble(device: torch.device) -> tuple[str, str]:
+    """Return why FlashAttention cannot run on a CUDA device, and what to do; empty where it can."""
+    build = "pip install 'treelora[flash-attn]' (needs a CUDA toolkit), or model.attention=auto"
+    if find_spec("flash_attn") is None:
+        return "it needs the package flash-attn", build
+    try:
+        # What transformers imports of it, which is late, and then no error that it explains.
+        for module in ("flash_attn", "flash_attn.bert_padding"):
+            import_module(module)
+        known = is_flash_attn_2_available()
+    except Exception as error:  # an ImportError, or an OSError of the loader
+        said = f"{type(error).__name__}: {one_line(error)}"
+        again = "build it again for this torch: pip install --force-reinstall --no-cache-dir "
+        again += "--no-build-isolation --no-deps flash-attn; or model.attention=auto"
+        return f"the installed flash-attn cannot be imported ({said})", again
+    if not known:  # asked nevertheless, transformers would fetch a kernel from the hub
+        return "transformers does not take the installed flash-attn, it may be too old", build
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "flash-attn needs a GPU of the Ampere generation or later", "model.attention=auto"
+    return "", ""
 
 
 def fingerprint(source: str, model: Any) -> str:

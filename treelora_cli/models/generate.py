@@ -16,6 +16,7 @@ from treelora_cli.models.forward import forward_parameters
 from treelora_cli.models.grouping import group_by_length
 from treelora_cli.models.kind import decoder_start
 from treelora_cli.models.soft import answering, most_rows, soft_width
+from treelora_cli.models.spread import ALL, Spread
 
 DECODING = "greedy"
 CPU_TOKENS = 2048
@@ -78,8 +79,13 @@ def generate_batches(
     *,
     batch_tokens: int | None = None,
     adapters: Adapters | None = None,
+    spread: Spread = ALL,
 ) -> Iterator[dict[int, str]]:
-    """Yield the answers of :func:`generate` batch by batch, by the prompts' numbers."""
+    """Yield the answers of :func:`generate` batch by batch, by the prompts' numbers.
+
+    Each process yields those of its part of the batches (``spread``), all equally often: where
+    another has one batch more, the last one is empty.
+    """
     encoded = [encoder.prompt(prompt)[0] for prompt in prompts]
     lengths = [len(ids) + soft_width(adapted) + max_new_tokens for ids in encoded]
     names = peft_names(adapted, adapters)
@@ -88,8 +94,12 @@ def generate_batches(
     if adapted.device.type == "cpu":
         batch_tokens = min(batch_tokens or CPU_TOKENS, CPU_TOKENS)
     with adapted.evaluating():
-        for chosen in group_by_length(lengths, most_rows(adapted, batch_size), batch_tokens):
+        groups = group_by_length(lengths, most_rows(adapted, batch_size), batch_tokens)
+        for chosen in spread.dealt(groups):
             on_batch()
+            if not chosen:
+                yield {}
+                continue
             rows = None if names is None else [names[index] for index in chosen]
             tokens = _generate_batch(
                 adapted, [encoded[index] for index in chosen], rows, config, shared

@@ -26,6 +26,7 @@ from treelora_cli.models.generate import Adapters, peft_names
 from treelora_cli.models.grouping import group_by_length
 from treelora_cli.models.readback import send
 from treelora_cli.models.soft import Inputs, answering, embed, most_rows, soft_width
+from treelora_cli.models.spread import ALL, Spread
 
 CPU_TOKENS = 2048
 """Most tokens of a batch on a CPU: one forward pass, whose activations should fit its cache."""
@@ -107,6 +108,7 @@ def choose_batches(
     *,
     batch_tokens: int | None = None,
     adapters: Adapters | None = None,
+    spread: Spread = ALL,
 ) -> Iterator[dict[int, str]]:
     """Yield the likeliest label of every prompt, batch by batch, by the prompts' numbers.
 
@@ -120,6 +122,7 @@ def choose_batches(
         on_batch: called before every batch; may raise to stop.
         batch_tokens: most tokens a batch, padding and labels counted; None: no limit.
         adapters: who answers each prompt; None: the live adapter answers all.
+        spread: this process's part of the batches; where another has one more, its last is empty.
 
     Raises:
         UsageError: two labels are the same tokens, cut or not.
@@ -127,7 +130,7 @@ def choose_batches(
     """
     for scores in score_batches(
         adapted, encoder, prompts, labels, separator, batch_size, on_batch,
-        batch_tokens=batch_tokens, adapters=adapters,
+        batch_tokens=batch_tokens, adapters=adapters, spread=spread,
     ):  # fmt: skip
         yield {index: labels[int(row.argmax())] for index, row in scores.items()}
 
@@ -143,6 +146,7 @@ def score_batches(
     *,
     batch_tokens: int | None = None,
     adapters: Adapters | None = None,
+    spread: Spread = ALL,
 ) -> Iterator[dict[int, Tensor]]:
     """Yield each prompt's summed log-probabilities of the labels, float32 [labels], in nats.
 
@@ -164,8 +168,12 @@ def score_batches(
     if adapted.device.type == "cpu":
         batch_tokens = min(batch_tokens or CPU_TOKENS, CPU_TOKENS)
     with adapted.evaluating():
-        for chosen in group_by_length(lengths, rows, batch_tokens):
+        groups = group_by_length(lengths, rows, batch_tokens)
+        for chosen in spread.dealt(groups):
             on_batch()
+            if not chosen:
+                yield {}
+                continue
             who = None if names is None else [names[index] for index in chosen]
             ids = [encoded[index] for index in chosen]
             with torch.inference_mode():

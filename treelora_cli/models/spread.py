@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -32,6 +32,15 @@ class Spread:
     def mine(self, items: Sequence[T]) -> Sequence[T]:
         """Return this process's items."""
         return items[self.rank :: self.size]
+
+    def dealt(self, groups: Sequence[Sequence[T]]) -> Iterator[Sequence[T]]:
+        """Yield this process's groups; an empty one at the end where another has one more.
+
+        All processes get equally many, so that they can meet after each.
+        """
+        for start in range(0, len(groups), self.size):
+            at = start + self.rank
+            yield groups[at] if at < len(groups) else ()
 
 
 ALL = Spread()
