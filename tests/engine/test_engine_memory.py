@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,15 +12,15 @@ import torch
 from support import toy_arguments
 
 from treelora_cli.engine import memory, shortage
-from treelora_cli.engine.memory import free_memory, longest_row, training_need
+from treelora_cli.engine.memory import free_memory, longest_row, pass_rows, sharers, training_need
 from treelora_cli.engine.opening import load_stream_tasks
-from treelora_cli.engine.shortage import explaining_shortage, foresee
+from treelora_cli.engine.shortage import advice, explaining_shortage, foresee, training_hint
 from treelora_cli.engine.world import noticing
 from treelora_cli.errors import EnvironmentProblem
 from treelora_cli.methods.base import build_method
 from treelora_cli.models import backbone as loading
 from treelora_cli.models.encode import encoder_for
-from treelora_cli.recipe import Recipe, build_recipe, differences
+from treelora_cli.recipe import ProcessesSection, Recipe, build_recipe, differences
 from treelora_cli.rundir import faults
 
 GPU_IS_FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -189,6 +190,47 @@ def test_settings_are_halved_until_they_fit(tiny_model: Path, toy_data: Path) ->
     assert not any("checkpointing" in one.text for one in spared.settings(0))
 
 
+def test_what_fits_alone_comes_first(tiny_model: Path, toy_data: Path) -> None:
+    found = forecast_of(recipe_of(tiny_model, toy_data))
+    again = next(one for one in found.settings(None) if "checkpointing" in one.text)
+    assert found.settings(again.total)[0] == again
+    first = found.settings(again.total - 1)[0]
+    assert first.text.startswith("optim.micro_batch_tokens") and first.total < again.total
+
+
+def test_shorter_prompts_make_shorter_rows(tiny_model: Path, toy_data: Path) -> None:
+    recipe = recipe_of(tiny_model, toy_data, gradient_checkpointing=True)
+    data = recipe.data.model_copy(update={"max_prompt_tokens": 192})
+    sizes = forecast_of(recipe).sizes
+    found = shortage.Forecast(sizes, recipe.model_copy(update={"data": data}), 200)
+    *_, shorter = found.settings(0)
+    assert shorter.text == "data.max_prompt_tokens=64" and shorter.anew
+    # An answer of 8 tokens, and one more at either end.
+    assert shorter.total == training_need(sizes, found.recipe, 64 + 8 + 2).total
+
+
+def test_a_pass_has_one_row_at_least(tiny_model: Path, toy_data: Path) -> None:
+    found = forecast_of(recipe_of(tiny_model, toy_data, micro_batch_tokens=20))
+    rows = [pass_rows(found.sizes, found.recipe, longest) for longest in (5, 20, 21)]
+    assert rows == [4, 1, 1]
+
+
+def test_what_has_just_run_out_fits_half_at_most(
+    tiny_model: Path, toy_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever seems free: beside the weights, half of what the estimate said."""
+    monkeypatch.setattr(shortage, "advice", lambda settings, room: str(room))
+    monkeypatch.setattr(shortage, "own_memory", lambda device: 1000)
+    recipe = recipe_of(tiny_model, toy_data)
+    found = forecast_of(recipe)
+    need = training_need(found.sizes, recipe, found.longest)
+    half = need.state + (need.total - need.state) // 2
+    tasks = load_stream_tasks(recipe, ["alpha"])
+    for free, room in ((None, half), (10 * need.total, half), (500, 1500)):
+        monkeypatch.setattr(shortage, "free_memory", lambda device, free=free: free)
+        assert training_hint(recipe, build_method(recipe), tasks) == str(room)
+
+
 def test_the_longest_row_is_found_among_the_longest_texts(
     tiny_model: Path, toy_data: Path, monkeypatch
 ) -> None:
@@ -211,6 +253,68 @@ def test_what_is_free(tmp_path: Path) -> None:
     assert memory._container_room(tmp_path) == 350
     (tmp_path / "memory.max").write_text("max\n")
     assert memory._container_room(tmp_path) is None
+
+
+def test_processes_on_one_host_share_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_available", lambda: 900)
+    monkeypatch.setattr(memory, "_container_room", lambda: None)
+    assert (free_memory("cpu"), sharers("cpu")) == (900, 1)
+    monkeypatch.setenv("LOCAL_SIZE", "2")  # deepspeed's launcher
+    assert (free_memory("cpu"), sharers("cpu")) == (450, 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")  # torchrun, --nproc
+    assert (free_memory("cpu"), sharers("cpu")) == (300, 3)
+    assert sharers("cuda:1") == 1, "each has a GPU of its own"
+
+
+def test_a_forecast_of_several_processes(
+    tiny_model: Path, toy_data: Path, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    found = forecast_of(recipe_of(tiny_model, toy_data))
+    alone = training_need(found.sizes, found.recipe, found.longest)
+    monkeypatch.setenv("WORLD_SIZE", "5")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    each = training_need(found.sizes, found.recipe, found.longest)
+    # 12 rows among five: three in one of them.
+    assert (each.activations, each.logits) == (alone.activations // 4, alone.logits // 4)
+    assert each.state == alone.state, "each has a base of its own"
+    monkeypatch.setattr(memory, "_available", lambda: 2 * each.total - 2)
+    monkeypatch.setattr(memory, "_container_room", lambda: None)
+    caplog.clear()
+    found.warn()
+    (warning,) = caplog.messages
+    assert "in each of 2 processes, and cpu has" in warning and "free for each; " in warning
+    monkeypatch.setattr(memory, "_available", lambda: 2 * each.total)
+    found.warn()
+    assert len(caplog.messages) == 1
+
+
+def test_a_base_that_is_shared_out(tiny_model: Path, toy_data: Path, monkeypatch) -> None:
+    """A process holds its part, and one of the two layers gathered."""
+    recipe = recipe_of(tiny_model, toy_data)
+    sizes = forecast_of(recipe).sizes
+    recipe = recipe.model_copy(update={"processes": ProcessesSection(engine="fsdp2")})
+    assert training_need(sizes, recipe, 9).state == sizes.training_bytes, "alone: all of it"
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert training_need(sizes, recipe, 9).state == sizes.training_bytes, "one a machine: all of it"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    part = sizes.base_bytes // 4 + sizes.base_bytes // 2
+    rest = sizes.training_bytes - sizes.base_bytes
+    assert training_need(sizes, recipe, 9).state == rest + part
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert training_need(sizes, recipe, 9).state == rest + sizes.base_bytes, "never more than all"
+
+
+def test_sharing_the_base_is_advised_to_neighbours(
+    tiny_model: Path, toy_data: Path, monkeypatch
+) -> None:
+    found = forecast_of(recipe_of(tiny_model, toy_data))
+    assert "fsdp2" not in advice(found.settings(None), None), "there is nobody to share it with"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert "--set processes.engine=fsdp2," in advice(found.settings(None), None)
+    whole = found.recipe.model_copy(update={"processes": ProcessesSection(engine="fsdp2")})
+    assert "fsdp2" not in advice(replace(found, recipe=whole).settings(None), None)
+    opened = replace(found, sizes=replace(found.sizes, opened=1))
+    assert "fsdp2" not in advice(opened.settings(None), None), "the method trains the base"
 
 
 def test_only_what_spares_memory_may_change(tiny_model: Path, toy_data: Path) -> None:

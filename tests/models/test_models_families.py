@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from support import make_checkpoint, make_t5, make_tokenizer, toy_arguments
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, FalconConfig
@@ -35,10 +36,19 @@ CAUSAL: dict[str, dict[str, Any]] = {
     "bloom": {},
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
     "falcon-7b": {"multi_query": True},
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
 }
 SIDED = ["t5", "mt5", "umt5"]
-WITHOUT_TARGETS = {"phi3", "umt5"}
-"""PEFT has no targets of its own for these."""
+EVERYWHERE = ["lora.targets=all-linear"]
+WITHOUT_TARGETS = {
+    "phi3": EVERYWHERE,
+    "umt5": EVERYWHERE,
+    "mixtral": ["lora.targets=[q_proj,v_proj]"],
+    "qwen3_moe": [*EVERYWHERE, "lora.dropout=0"],
+}
+"""PEFT has no targets of its own for these, or loses them where there are experts. All-linear takes
+the experts too, for which PEFT knows no dropout."""
 QUICK = {"gpt2", "mistral", "t5"}
 """Those of the default suite; llama is everywhere else."""
 TEMPLATE = (
@@ -118,7 +128,7 @@ def summed(model: Any, encoder: Encoder, prompt: str, label: str) -> float:
 def check_family(treelora, family: str, data: Path, place: Path, *, chat: bool) -> None:
     folder, run = checkpoint(place / "model", family, chat=chat), place / "run"
     settings = ["optim.lr=0.03", "optim.epochs=3", "eval.zero_shot=false", "eval.before=false"]
-    settings += ["lora.targets=all-linear"] if family in WITHOUT_TARGETS else []
+    settings += WITHOUT_TARGETS.get(family, [])
     settings += ["data.format=chat"] if chat else []
     more = [part for pair in settings for part in ("--set", pair)]
     arguments = toy_arguments(folder, data, run, "alpha", "--method", "seqlora", *more)
@@ -138,14 +148,14 @@ def check_family(treelora, family: str, data: Path, place: Path, *, chat: bool) 
     encoder = encoder_for(backbone.tokenizer, section, backbone.positions, encodes=backbone.encodes)
     alone = [greedy(model, encoder, line["prompt"], 9) for line in lines]
     assert alone == [line["prediction"] for line in lines]
-    check_likelihood(family, backbone, run, encoder, model, [line["prompt"] for line in lines])
+    check_likelihood(backbone, run, encoder, model, [line["prompt"] for line in lines])
 
 
 def check_likelihood(
-    family: str, backbone: Any, run: Path, encoder: Encoder, model: Any, prompts: list[str]
+    backbone: Any, run: Path, encoder: Encoder, model: Any, prompts: list[str]
 ) -> None:
-    targets = "all-linear" if family in WITHOUT_TARGETS else "auto"
-    adapted = AdaptedModel(backbone, LoraSection(rank=4, targets=targets), 0)
+    lora = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))["lora"]
+    adapted = AdaptedModel(backbone, LoraSection(**lora), 0)
     before = adapted.snapshot()
     adapted.restore(load_adapter(RunDir.open(run), 0, "alpha"))
     assert any(not torch.equal(before[key], now) for key, now in adapted.snapshot().items())

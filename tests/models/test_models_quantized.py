@@ -12,13 +12,18 @@ from support import make_checkpoint, toy_arguments
 
 from treelora_cli.errors import EnvironmentProblem, UsageError
 from treelora_cli.models import backbone, quantized
+from treelora_cli.models.adapted import AdaptedModel
 from treelora_cli.models.backbone import load_backbone
+from treelora_cli.models.encode import Example, collate
+from treelora_cli.models.forward import answer_loss
 from treelora_cli.models.outline import outline
 from treelora_cli.models.quantized import quantized_loading
+from treelora_cli.models.recompute import recompute_layers
 from treelora_cli.recipe import LoraSection, ModelSection
 
 INSTALLED = importlib.util.find_spec("bitsandbytes") is not None
 CPU = torch.device("cpu")
+needs_package = pytest.mark.skipif(not INSTALLED, reason="bitsandbytes is not installed")
 
 
 def section(folder: Path, kind: str, **more: object) -> ModelSection:
@@ -125,7 +130,61 @@ def test_a_dry_run_refuses_what_opens_the_base(
     assert "quantised" in outcome.err
 
 
-@pytest.mark.skipif(not INSTALLED, reason="bitsandbytes is not installed")
+def held_bytes(model: torch.nn.Module) -> int:
+    """What a loaded base takes: its parameters, and what goes with those that are packed."""
+    count = 0
+    for parameter in model.parameters():
+        count += parameter.nbytes
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            count += state.absmax.nbytes + state.state2.absmax.nbytes
+    return count
+
+
+@needs_package
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_the_bytes_foreseen_are_those_of_the_loaded_base(
+    tmp_path: Path, kind: str, architecture: str
+) -> None:
+    """Norms, embeddings and the output layer stay as they are, and so do experts."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+    experts = {"num_local_experts": 4} if architecture == "mixtral" else {}
+    asked = section(make_checkpoint(tmp_path, architecture, **sizes | experts), kind)
+    model = load_backbone(asked).model
+    assert held_bytes(model) == outline(asked, LoraSection(targets=("q_proj",))).base_bytes
+    stacked = [one for name, one in model.named_parameters() if ".experts." in name]
+    assert len(stacked) == (4 if experts else 0)
+    assert all(one.dtype == torch.float32 for one in stacked)
+
+
+@needs_package
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_gradients_of_a_quantised_base_are_close_to_those_without(
+    tmp_path: Path, kind: str
+) -> None:
+    """Layers computed again give the same, and a base in 4 or 8 bits nearly the same."""
+
+    def gradients(kind: str, *, again: bool) -> torch.Tensor:
+        backbone_ = load_backbone(section(folder, kind))
+        if again:
+            recompute_layers(backbone_.model)
+        model = AdaptedModel(backbone_, LoraSection(rank=4, dropout=0.0), 0)
+        model.peft.train()
+        tokens = tuple(range(3, 40))
+        answer_loss(model, collate([Example(tokens, 30, truncated=False)], 0)).backward()
+        found = [parameter.grad for parameter in model.parameters()]
+        return torch.cat([grad.flatten() for grad in found if grad is not None])
+
+    folder = make_checkpoint(tmp_path, hidden_size=64, intermediate_size=128, head_dim=16)
+    plain, packed = gradients("none", again=False), gradients(kind, again=False)
+    assert torch.equal(packed, gradients(kind, again=True))
+    assert plain.norm() > 0
+    error = float((packed - plain).norm() / plain.norm())
+    assert 0 < error < {"nf4": 0.25, "int8": 0.03}[kind]
+
+
+@needs_package
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_trains_and_answers_from_a_quantised_base(
     treelora, toy_data: Path, tmp_path: Path, kind: str

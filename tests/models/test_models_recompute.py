@@ -11,7 +11,8 @@ import torch
 from support import make_checkpoint
 
 from treelora_cli.engine.drive_ddp import Forward
-from treelora_cli.errors import UsageError
+from treelora_cli.errors import DataError, UsageError
+from treelora_cli.models import outline as outlining
 from treelora_cli.models.adapted import AdaptedModel
 from treelora_cli.models.backbone import load_backbone
 from treelora_cli.models.encode import Example, collate
@@ -20,8 +21,8 @@ from treelora_cli.models.outline import outline
 from treelora_cli.models.recompute import recompute_layers
 from treelora_cli.recipe import LoraSection, ModelSection
 
-ROWS = 4
-TOKENS = 48
+ROWS = 2
+TOKENS = 128
 
 
 class Before:
@@ -41,11 +42,13 @@ class Before:
         yield
 
 
-def adapted(folder: Path, dropout: float, *, again: bool, **more: object) -> AdaptedModel:
+def adapted(
+    folder: Path, dropout: float, *, again: bool, targets: object = "auto", **more: object
+) -> AdaptedModel:
     backbone = load_backbone(ModelSection(name=str(folder), device="cpu", **more))
     if again:
         recompute_layers(backbone.model)
-    model = AdaptedModel(backbone, LoraSection(rank=4, dropout=dropout), 0)
+    model = AdaptedModel(backbone, LoraSection(rank=4, dropout=dropout, targets=targets), 0)
     torch.manual_seed(1)
     for name, parameter in model.live_parameters.items():
         if ".lora_B." in name:
@@ -115,15 +118,10 @@ def kept_bytes(model: AdaptedModel) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in found.values())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_the_estimate_is_what_autograd_keeps(
-    tiny_model: Path, dtype: str, attention: str, dropout: float
-) -> None:
-    more = {"dtype": dtype, "attention": attention}
-    lora = LoraSection(rank=4, dropout=dropout)
-    sizes = outline(ModelSection(name=str(tiny_model), device="cpu", **more), lora)
+def check_estimate(folder: Path, dropout: float, targets: object, **more: object) -> None:
+    """The estimate is within a third of what autograd keeps, with and without checkpointing."""
+    lora = LoraSection(rank=4, dropout=dropout, targets=targets)
+    sizes = outline(ModelSection(name=str(folder), device="cpu", **more), lora)
 
     def estimate(*, checkpointing: bool) -> int:
         return sizes.layers.activation_bytes(
@@ -131,17 +129,103 @@ def test_the_estimate_is_what_autograd_keeps(
             TOKENS,
             sizes.itemsize,
             dropout=dropout > 0,
-            eager=attention == "eager",
             checkpointing=checkpointing,
         )
 
-    plain = kept_bytes(adapted(tiny_model, dropout, again=False, **more))
+    plain = kept_bytes(adapted(folder, dropout, again=False, targets=targets, **more))
     assert 0.75 < estimate(checkpointing=False) / plain < 1.35
     # The layer that is computed again is not among what the forward pass keeps.
-    spared = kept_bytes(adapted(tiny_model, dropout, again=True, **more))
+    spared = kept_bytes(adapted(folder, dropout, again=True, targets=targets, **more))
     last_norm = 4 * sizes.layers.hidden * ROWS * TOKENS
     one_layer = (estimate(checkpointing=False) - last_norm) / sizes.layers.layers
     assert 0.75 < (estimate(checkpointing=True) - one_layer) / spared < 1.35
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("targets", ["auto", "all-linear"])
+def test_the_estimate_is_what_autograd_keeps(
+    tiny_model: Path, dtype: str, attention: str, dropout: float, targets: str
+) -> None:
+    check_estimate(tiny_model, dropout, targets, dtype=dtype, attention=attention)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_estimate_of_what_knows_eager_attention_only(tmp_path: Path, dtype: str) -> None:
+    """Gemma 2 caps its scores, which torch's kernels do not."""
+    check_estimate(make_checkpoint(tmp_path, "gemma2"), 0.1, "auto", dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), "all-linear"])
+def test_the_estimate_of_experts(tmp_path: Path, dtype: str, targets: object) -> None:
+    folder = make_checkpoint(tmp_path, "mixtral", num_local_experts=32, num_experts_per_tok=2)
+    check_estimate(folder, 0.0, targets, dtype=dtype)
+
+
+def test_widths_of_experts(tmp_path: Path) -> None:
+    """Of a layer: two of six experts for a token, in each gate and up 128, read 64, given 32."""
+    settings = {"num_local_experts": 6, "num_experts_per_tok": 2}
+    section = ModelSection(name=str(make_checkpoint(tmp_path, "mixtral", **settings)), device="cpu")
+    frozen = outline(section, LoraSection(targets=("q_proj",))).layers
+    assert (frozen.experts, frozen.merged, frozen.inputs) == (2 * (128 + 64 + 32), 0, 32)
+    every = outline(section, LoraSection(targets="all-linear", dropout=0.0)).layers
+    # What gate and up read, 32, and what down reads, 64; q, k, v and o read 32 each.
+    assert every.experts == frozen.experts + 2 * (32 + 64)
+    assert every.merged == 6 * 3 * 32 * 64
+    assert every.inputs == 4 * 32
+
+
+def test_an_outline_knows_how_attention_is_computed(tiny_model: Path, tmp_path: Path) -> None:
+    gemma = make_checkpoint(tmp_path, "gemma2")
+
+    def layers(folder: Path, **more: object):
+        return outline(ModelSection(name=str(folder), device="cpu", **more), LoraSection()).layers
+
+    assert not layers(tiny_model).eager
+    assert layers(tiny_model, attention="eager").eager
+    found = layers(gemma)
+    assert found.eager and found.capped
+    with pytest.raises(DataError, match="scaled_dot_product_attention"):
+        layers(gemma, attention="sdpa")
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_an_outline_chooses_attention_as_loading_does(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, refuses: bool
+) -> None:
+    """An architecture may refuse what was chosen for us, and gets its default then."""
+    asked: list[object] = []
+    real = outlining.auto_class
+
+    class Picky:
+        @staticmethod
+        def from_config(config, *, attn_implementation, **more):
+            asked.append(attn_implementation)
+            if attn_implementation == "flash_attention_2":
+                if refuses:
+                    raise ValueError("it does not support Flash Attention 2 yet")
+                attn_implementation = "eager"  # to tell whose model is measured
+            return real(config).from_config(config, attn_implementation=attn_implementation, **more)
+
+    monkeypatch.setattr(outlining, "auto_class", lambda config: Picky)
+    monkeypatch.setattr(outlining, "choose_attention", lambda *given: "flash_attention_2")
+    section = ModelSection(name=str(tiny_model), device="cpu")
+    assert outline(section, LoraSection()).layers.eager == (not refuses)
+    assert asked == ["flash_attention_2", None][: 1 + refuses]
+    if refuses:
+        with pytest.raises(DataError, match="does not support Flash"):
+            outline(section.model_copy(update={"attention": "flash_attention_2"}), LoraSection())
+
+
+def test_a_choice_that_was_refused_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers writes what it is asked for into the config, and then refuses it."""
+    monkeypatch.setattr(outlining, "choose_attention", lambda *given: "flash_attention_2")
+    folder = make_checkpoint(tmp_path, "bloom")
+    assert outline(ModelSection(name=str(folder), device="cpu"), LoraSection()).layers.eager
 
 
 def test_layers_are_seen_through_fused_and_transposed_matrices(tmp_path: Path) -> None:

@@ -15,16 +15,22 @@ from treelora_cli.models.outline import Outline
 from treelora_cli.recipe import Recipe
 from treelora_cli.tasks.types import Task
 
+SHARING = "fsdp2"
+"""The engine under which each process of a machine holds a part of the base."""
 LOOKED_AT = 16
 """Rows of a task, those of most characters, of which the longest in tokens is taken."""
 
 
 @dataclass(frozen=True)
 class Need:
-    """Memory of training, in bytes.
+    """Memory of training in one process, in bytes.
+
+    What a method holds of earlier tasks is not in it. For most it is no more than an adapter a
+    task, which is little beside a base, and only the method knows.
 
     Attributes:
-        state: base, adapter, gradients and Adam's moments; exact.
+        state: base, adapter, gradients and Adam's moments; exact, but for a base that is shared
+            out over the processes.
         activations: what a forward pass keeps for its backward pass; a soft bound, see
             ``models.footprint``.
         logits: of the positions where answers are predicted, with their gradient.
@@ -55,29 +61,64 @@ def training_need(sizes: Outline, recipe: Recipe, longest: int) -> Need:
         longest,
         sizes.itemsize,
         dropout=recipe.lora.dropout > 0,
-        eager=recipe.model.attention == "eager",
         checkpointing=optim.gradient_checkpointing,
     )
-    return Need(sizes.training_bytes, kept, rows * answer * len(sizes.tokenizer) * 4 * 2)
+    state = sizes.training_bytes
+    parts = neighbours()
+    if recipe.processes.engine == SHARING and parts > 1:
+        # Its part of the base, and a layer that is gathered.
+        part = sizes.base_bytes // parts + sizes.base_bytes // sizes.layers.layers
+        state -= max(0, sizes.base_bytes - part)
+    return Need(state, kept, rows * answer * len(sizes.tokenizer) * 4 * 2)
 
 
 def pass_rows(sizes: Outline, recipe: Recipe, longest: int) -> int:
-    """Return the most rows of a forward pass that are all as long as the longest."""
+    """Return the most rows of a forward pass that are all as long as the longest.
+
+    Of several processes each has its share of a step's rows.
+    """
     optim = recipe.optim
     limit = pass_tokens(optim, torch.device(sizes.device).type) or longest * optim.batch_size
-    return min(optim.micro_batch_size, optim.batch_size, max(1, limit // longest))
+    share = -(-optim.batch_size // processes())
+    return min(optim.micro_batch_size, share, max(1, limit // longest))
+
+
+def processes() -> int:
+    """Return how many processes train together, as the launcher said; 1 alone."""
+    return _told("WORLD_SIZE")
+
+
+def neighbours() -> int:
+    """Return how many of them are on this machine."""
+    # torchrun and --nproc say the former, deepspeed's launcher the latter.
+    return _told("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+
+
+def sharers(device: str) -> int:
+    """Return how many processes take their memory from the same place; each has a GPU of its own.
+
+    They are counted as if none shared anything. In truth the host holds a base once for all where
+    torch maps it from its file, which it does if the file has the dtype that is asked for.
+    """
+    return 1 if device.startswith("cuda") else neighbours()
+
+
+def _told(*names: str) -> int:
+    """Return a number of processes that a launcher left in the environment; 1 where none did."""
+    said = (os.environ.get(name, "") for name in names)
+    return next((max(1, int(text)) for text in said if text.isdecimal()), 1)
 
 
 def free_memory(device: str) -> int | None:
     """Return the bytes that are free where a model would live; None where nobody says.
 
-    On the host it is what Linux calls available, or less where a container has a limit.
+    On the host it is what Linux calls available, or less where a container has a limit; and of
+    that an equal share for each of the processes that were launched together here.
     """
     if device.startswith("cuda"):
         return int(torch.cuda.mem_get_info(torch.device(device))[0])
-    room = _container_room()
-    available = _available()
-    return min((n for n in (room, available) if n is not None), default=None)
+    known = [room for room in (_container_room(), _available()) if room is not None]
+    return min(known) // sharers(device) if known else None
 
 
 def _available() -> int | None:

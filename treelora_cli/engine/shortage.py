@@ -15,10 +15,13 @@ from typing import Any
 import torch
 
 from treelora_cli.engine.memory import (
+    SHARING,
     free_memory,
     longest_row,
+    neighbours,
     own_memory,
     pass_rows,
+    sharers,
     size,
     training_need,
 )
@@ -70,12 +73,16 @@ class Forecast:
         free = free_memory(self.sizes.device)
         if free is None or need.total <= free:
             return
+        device = self.sizes.device
+        count = sharers(device)
         logger.warning(
-            "training will take about %s (base and adapter %s, activations %s, logits %s), and %s "
-            "has %s free; %s",
+            "training will take about %s (base and adapter %s, activations %s, logits %s)%s, and "
+            "%s has %s free%s; %s",
             *map(size, (need.total, need.state, need.activations, need.logits)),
-            self.sizes.device,
+            f" in each of {count} processes" if count > 1 else "",
+            device,
             size(free),
+            " for each" if count > 1 else "",
             advice(self.settings(free), free),
         )
 
@@ -86,7 +93,13 @@ class Forecast:
             room: what there is for all of it, in bytes; numbers are halved until the estimate fits
                 it. None: nobody knows, and each is halved once.
         """
-        found = [self._recomputing(), self._passes(room), self._base(), self._prompts(room)]
+        found = [
+            self._recomputing(),
+            self._sharing(),
+            self._passes(room),
+            self._base(),
+            self._prompts(room),
+        ]
         known = [setting for setting in found if setting is not None]
         return sorted(known, key=lambda one: room is not None and one.total > room)[:3]
 
@@ -94,6 +107,13 @@ class Forecast:
         if self.recipe.optim.gradient_checkpointing:
             return None
         return self._setting("optim", "gradient_checkpointing", True)
+
+    def _sharing(self) -> Setting | None:
+        """The base shared out among the processes of a machine."""
+        fits = not self.sizes.opened and self.recipe.model.quantization == "none"
+        if neighbours() == 1 or self.recipe.processes.engine == SHARING or not fits:
+            return None
+        return self._setting("processes", "engine", SHARING)
 
     def _passes(self, room: int | None) -> Setting | None:
         tokens = pass_rows(self.sizes, self.recipe, self.longest) * self.longest

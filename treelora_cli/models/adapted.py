@@ -400,7 +400,8 @@ def explain_targets() -> Iterator[None]:
     except ValueError as error:
         raise UsageError(
             f"lora.targets: {str(error).splitlines()[0]}",
-            "list module names of the model, or use lora.targets=all-linear",
+            "list module names of the model, such as lora.targets=[q_proj,v_proj], or use "
+            "lora.targets=all-linear; a mixture of experts takes that with lora.dropout=0 only",
         ) from None
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from treelora_cli.models.adapted import (
 )
 from treelora_cli.models.backbone import (
     check_folder,
+    choose_attention,
     choose_device,
     choose_dtype,
     load_tokenizer,
@@ -26,7 +28,7 @@ from treelora_cli.models.backbone import (
     one_line,
     source_of,
 )
-from treelora_cli.models.footprint import LayerSizes, layer_sizes, linear_widths
+from treelora_cli.models.footprint import LayerSizes, expert_widths, layer_sizes, linear_widths
 from treelora_cli.models.kind import auto_class, check_kind, check_reading
 from treelora_cli.models.opened import base_parameters, check_opened
 from treelora_cli.models.quantized import BYTES, Quantization, check_quantization
@@ -118,8 +120,7 @@ def outline(
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
         check_kind(source, config)
-        with torch.device("meta"):
-            model = auto_class(config).from_config(config, dtype=dtype)
+        model = _on_meta(config, dtype, section, device)
         tokenizer = load_tokenizer(source, options)
         check_reading(source, config, tokenizer)
     except TreeloraError:
@@ -129,7 +130,7 @@ def outline(
             f"model {source!r} cannot be outlined: {one_line(error)}", loading_hint(error)
         ) from None
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    widths = linear_widths(model)
+    built, widths, stacked = model.config, linear_widths(model), expert_widths(model)
     linear = sum(read * given for read, given in widths.values())
     with torch.device("meta"), explain_targets():
         adapted = get_peft_model(model, lora_config(lora), adapter_name=SLOT)
@@ -151,7 +152,7 @@ def outline(
         base_bytes=_base_bytes(parameters, linear, dtype.itemsize, section.quantization),
         dtype=str(dtype).removeprefix("torch."),
         itemsize=dtype.itemsize,
-        layers=layer_sizes(config, widths, _adapted_names(adapter)),
+        layers=layer_sizes(built, widths, stacked, adapter),
         linear=linear,
         device=str(device),
         positions=int(positions) if positions else None,
@@ -160,10 +161,19 @@ def outline(
     )
 
 
-def _adapted_names(adapter: Iterable[str]) -> list[str]:
-    """Return the modules of the base that an adapter's keys stand for."""
-    prefix, mark = "base_model.model.", ".lora_A."
-    return [key.partition(mark)[0].removeprefix(prefix) for key in adapter if mark in key]
+def _on_meta(config: Any, dtype: torch.dtype, section: ModelSection, device: torch.device) -> Any:
+    """Build a model without weights, with the attention that loading it would choose."""
+    attention = choose_attention(section.attention, device, dtype)
+    build = partial(auto_class(config).from_config, config, dtype=dtype)
+    with torch.device("meta"):
+        try:
+            return build(attn_implementation=attention)
+        except (ImportError, ValueError):
+            # As in loading: our own choice may not suit the architecture; the user's must.
+            if attention is None or section.attention != "auto":
+                raise
+            # None is said, for the config keeps what it was told before.
+            return build(attn_implementation=None)
 
 
 def _base_bytes(parameters: int, linear: int, itemsize: int, kind: Quantization) -> int:

@@ -1,4 +1,8 @@
-"""A base whose linear layers are held in 4 or 8 bits, by bitsandbytes through transformers."""
+"""A base whose linear layers are held in 4 or 8 bits, by bitsandbytes through transformers.
+
+Embeddings, norms and the output layer stay as they are, and so do experts: transformers stacks them
+in parameters of their own, which bitsandbytes does not take.
+"""
 
 from __future__ import annotations
 
