@@ -57,10 +57,30 @@ def test_dry_run_fails_as_the_run_would(treelora, tiny_model, toy_data, tmp_path
         (["--set", "lora.targets=[nothing]"], 2),
         (["--model", str(tmp_path / "none")], 3),
         (["--tasks", "alfa"], 2),
+        (["--set", "processes.engine=zero2"], 2),
+        (["--set", "processes.engine=zero2", "--nproc", "2", "--method", "gem"], 2),
+        (["--set", "processes.engine=fsdp2", "--nproc", "2", "--method", "seqft"], 2),
     ):
         outcome = treelora(*toy_arguments(tiny_model, toy_data, run, "alpha"), *more, "--dry-run")
         assert outcome.code == code, outcome
     assert not run.exists()
+
+
+def test_dry_run_of_processes_that_are_not_started(
+    treelora, tiny_model, toy_data, tmp_path
+) -> None:
+    arguments = toy_arguments(tiny_model, toy_data, tmp_path / "run", "alpha", "--dry-run")
+    alone = json.loads(treelora(*arguments, "--json").out)
+    eight = json.loads(treelora(*arguments, "--json", "--nproc", "8").out)
+    assert (alone["processes"], eight["processes"]) == (1, 8)
+    assert eight["activation_bytes"] < alone["activation_bytes"]  # rows of a step are shared out
+    shared = [*arguments, "--nproc", "8", "--set", "processes.engine=fsdp2"]
+    outcome = treelora(*shared, "--json")
+    assert json.loads(outcome.out)["memory_bytes"] < eight["memory_bytes"]
+    said = " ".join(treelora(*shared).out.split())
+    assert "in each of 8 processes" in said
+    assert "free for each" in said
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_sweep_is_ordinary_runs_and_can_be_repeated(

@@ -35,7 +35,9 @@ def print_plan(plan: Plan) -> None:
     out.print(
         f"memory: about {_size(plan.memory_bytes)} (weights, adapter, its gradients and Adam "
         f"moments, logits, {_size(plan.activation_bytes)} of activations)"
+        + (f" in each of {plan.processes} processes" if plan.processes > 1 else "")
         + (f", {_size(free)} free" if free is not None else "")
+        + (" for each" if free is not None and plan.processes > 1 else "")
     )
     out.print(f"disk: about {_size(plan.disk_bytes)}, {_size(plan.disk_free_bytes)} free")
     out.print("nothing was run: leave out --dry-run to begin")

@@ -15,6 +15,7 @@ from treelora_cli.cli.output import print_json_line, write_out
 from treelora_cli.errors import UsageError
 
 if TYPE_CHECKING:
+    from treelora_cli.engine.memory import Group
     from treelora_cli.engine.world import World
 
 
@@ -105,15 +106,13 @@ def train_stream(
         "optim": {"epochs": epochs},
         "limit": limit,
     }
-    asked = Asked(recipe, settings or [], _given(flags), tasks == "-", dry_run, as_json)
-    _start(asked, run_dir, methods, seeds, nproc)
+    asked = Asked(recipe, settings or [], _given(flags), tasks == "-", nproc, dry_run, as_json)
+    _start(asked, run_dir, methods, seeds)
 
 
-def _start(
-    asked: Asked, run_dir: Path, methods: str | None, seeds: str | None, nproc: int | None
-) -> None:
+def _start(asked: Asked, run_dir: Path, methods: str | None, seeds: str | None) -> None:
     """Train in as many processes as were asked for, whoever starts them."""
-    several = launched() or (nproc or 1) > 1
+    several = launched() or (asked.nproc or 1) > 1
     if asked.arriving and (methods or seeds or asked.dry_run or several):
         raise UsageError(
             "--tasks - cannot be combined with --methods, --seeds, --dry-run or several processes",
@@ -122,7 +121,7 @@ def _start(
     if asked.dry_run:
         _all(asked, run_dir, methods, seeds, None)
     else:
-        with together(nproc) as world:
+        with together(asked.nproc) as world:
             _all(asked, run_dir, methods, seeds, world)
     if not (asked.as_json or asked.dry_run) and rank() == 0:
         write_out(str(run_dir))
@@ -145,6 +144,7 @@ class Asked:
     settings: list[str]
     flags: dict[str, Any]
     arriving: bool
+    nproc: int | None
     dry_run: bool
     as_json: bool
 
@@ -167,7 +167,7 @@ def _run(asked: Asked, path: Path, more: dict[str, Any], world: World | None) ->
         from treelora_cli.cli.dryrun import print_plan
         from treelora_cli.engine.dryrun import plan_stream
 
-        plan = plan_stream(resolved, path)
+        plan = plan_stream(resolved, path, _group(asked.nproc))
         if asked.as_json:
             print_json_line({"kind": "plan", "run_dir": str(path), **plan.to_dict()})
         else:
@@ -178,6 +178,13 @@ def _run(asked: Asked, path: Path, more: dict[str, Any], world: World | None) ->
 
     with viewer(asked.as_json) as show:
         run_stream(resolved, path, show, arriving if asked.arriving else None, world)
+
+
+def _group(nproc: int | None) -> Group | None:
+    """Return the processes that `--nproc` would start; None where it was not given."""
+    from treelora_cli.engine.memory import Group
+
+    return None if nproc is None else Group(nproc, nproc)
 
 
 def _sweep(

@@ -8,11 +8,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from treelora_cli.engine.memory import free_memory, training_need
+from treelora_cli.engine.building import check_building
+from treelora_cli.engine.drive import check_drive
+from treelora_cli.engine.memory import Group, free_memory, training_need
 from treelora_cli.engine.opening import load_stream_tasks
+from treelora_cli.engine.world import World
 from treelora_cli.methods.base import Method, build_method
 from treelora_cli.models.encode import Encoder, encoder_for
 from treelora_cli.models.outline import Outline, outline
+from treelora_cli.models.sharded import trained_base
 from treelora_cli.recipe import Recipe
 from treelora_cli.rundir.checkpoints import KEEP
 from treelora_cli.rundir.layout import RunDir
@@ -52,14 +56,15 @@ class PlannedTask:
 class Plan:
     """A planned stream; sizes in bytes.
 
-    ``memory_bytes`` holds the activations, a soft bound: see ``models.footprint``. A method's own
-    memory (earlier adapters, statistics) is not in it.
+    ``memory_bytes`` is that of each process. It holds the activations, a soft bound: see
+    ``models.footprint``. A method's own memory (earlier adapters, statistics) is not in it.
     """
 
     method: str
     model: str
     device: str
     dtype: str
+    processes: int
     parameters: int
     trainable_parameters: int
     memory_bytes: int
@@ -74,36 +79,44 @@ class Plan:
         return asdict(self)
 
 
-def plan_stream(recipe: Recipe, path: Path) -> Plan:
+def plan_stream(recipe: Recipe, path: Path, group: Group | None = None) -> Plan:
     """Check everything a run needs and say what it would do.
 
     Args:
         recipe: resolved.
         path: the run directory; nothing is written to it.
+        group: the processes that would train together; None: as they were launched.
 
     Raises:
         TreeloraError: what the run itself would fail with before its first step.
     """
+    group = group or Group.launched()
     method = build_method(recipe)
+    world = World(size=group.size).under(recipe.processes.engine)
+    check_drive(recipe.processes.engine, method, world)
+    check_building(recipe, world)
     tasks = load_stream_tasks(recipe, recipe.stream.tasks)
     sizes = outline(recipe.model, recipe.lora, method.learns)
+    if world.sharded and sizes.opened:
+        raise trained_base()
     encoder = encoder_for(sizes.tokenizer, recipe.data, sizes.positions, encodes=sizes.encodes)
     status = _status(path)
     planned = tuple(
         _planned(task, encoder, status.get(task.name, "new"), work)
         for task, work in zip(tasks, _work(method, recipe, tasks), strict=True)
     )
-    need = training_need(sizes, recipe, max(task.longest for task in planned))
+    need = training_need(sizes, recipe, max(task.longest for task in planned), group)
     return Plan(
         method=method.name,
         model=recipe.model.name or "built-in base (synthetic)",
         device=sizes.device,
         dtype=sizes.dtype,
+        processes=group.size,
         parameters=sizes.parameters,
         trainable_parameters=sizes.trainable,
         memory_bytes=need.total,
         activation_bytes=need.activations,
-        memory_free_bytes=free_memory(sizes.device),
+        memory_free_bytes=free_memory(sizes.device, group),
         disk_bytes=_disk(sizes, method, planned),
         disk_free_bytes=shutil.disk_usage(_existing(path)).free,
         tasks=planned,

@@ -46,15 +46,36 @@ class Need:
         return self.state + self.activations + self.logits
 
 
-def training_need(sizes: Outline, recipe: Recipe, longest: int) -> Need:
+@dataclass(frozen=True)
+class Group:
+    """The processes that train together.
+
+    Attributes:
+        size: how many there are.
+        here: how many of them are on this machine.
+    """
+
+    size: int = 1
+    here: int = 1
+
+    @classmethod
+    def launched(cls) -> Group:
+        """Return the group as a launcher left it in the environment; one process where none did."""
+        # torchrun and --nproc say the first of these, deepspeed's launcher the other.
+        return cls(_told("WORLD_SIZE"), _told("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
+
+
+def training_need(sizes: Outline, recipe: Recipe, longest: int, group: Group | None = None) -> Need:
     """Estimate what training takes.
 
     Args:
         sizes: of the model.
         recipe: the run's.
         longest: tokens of the longest training row, as cut.
+        group: the processes that train together; None: as they were launched.
     """
-    optim, rows = recipe.optim, pass_rows(sizes, recipe, longest)
+    group = group or Group.launched()
+    optim, rows = recipe.optim, pass_rows(sizes, recipe, longest, group)
     answer = min(recipe.data.max_answer_tokens, longest) + 1
     kept = sizes.layers.activation_bytes(
         rows * longest,
@@ -64,43 +85,32 @@ def training_need(sizes: Outline, recipe: Recipe, longest: int) -> Need:
         checkpointing=optim.gradient_checkpointing,
     )
     state = sizes.training_bytes
-    parts = neighbours()
-    if recipe.processes.engine == SHARING and parts > 1:
+    if recipe.processes.engine == SHARING and group.here > 1:
         # Its part of the base, and a layer that is gathered.
-        part = sizes.base_bytes // parts + sizes.base_bytes // sizes.layers.layers
+        part = sizes.base_bytes // group.here + sizes.base_bytes // sizes.layers.layers
         state -= max(0, sizes.base_bytes - part)
     return Need(state, kept, rows * answer * len(sizes.tokenizer) * 4 * 2)
 
 
-def pass_rows(sizes: Outline, recipe: Recipe, longest: int) -> int:
+def pass_rows(sizes: Outline, recipe: Recipe, longest: int, group: Group | None = None) -> int:
     """Return the most rows of a forward pass that are all as long as the longest.
 
     Of several processes each has its share of a step's rows.
     """
     optim = recipe.optim
+    group = group or Group.launched()
     limit = pass_tokens(optim, torch.device(sizes.device).type) or longest * optim.batch_size
-    share = -(-optim.batch_size // processes())
+    share = -(-optim.batch_size // group.size)
     return min(optim.micro_batch_size, share, max(1, limit // longest))
 
 
-def processes() -> int:
-    """Return how many processes train together, as the launcher said; 1 alone."""
-    return _told("WORLD_SIZE")
-
-
-def neighbours() -> int:
-    """Return how many of them are on this machine."""
-    # torchrun and --nproc say the former, deepspeed's launcher the latter.
-    return _told("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
-
-
-def sharers(device: str) -> int:
+def sharers(device: str, group: Group | None = None) -> int:
     """Return how many processes take their memory from the same place; each has a GPU of its own.
 
     They are counted as if none shared anything. In truth the host holds a base once for all where
     torch maps it from its file, which it does if the file has the dtype that is asked for.
     """
-    return 1 if device.startswith("cuda") else neighbours()
+    return 1 if device.startswith("cuda") else (group or Group.launched()).here
 
 
 def _told(*names: str) -> int:
@@ -109,7 +119,7 @@ def _told(*names: str) -> int:
     return next((max(1, int(text)) for text in said if text.isdecimal()), 1)
 
 
-def free_memory(device: str) -> int | None:
+def free_memory(device: str, group: Group | None = None) -> int | None:
     """Return the bytes that are free where a model would live; None where nobody says.
 
     On the host it is what Linux calls available, or less where a container has a limit; and of
@@ -118,7 +128,7 @@ def free_memory(device: str) -> int | None:
     if device.startswith("cuda"):
         return int(torch.cuda.mem_get_info(torch.device(device))[0])
     known = [room for room in (_container_room(), _available()) if room is not None]
-    return min(known) // sharers(device) if known else None
+    return min(known) // sharers(device, group) if known else None
 
 
 def _available() -> int | None:

@@ -16,9 +16,9 @@ import torch
 
 from treelora_cli.engine.memory import (
     SHARING,
+    Group,
     free_memory,
     longest_row,
-    neighbours,
     own_memory,
     pass_rows,
     sharers,
@@ -111,7 +111,7 @@ class Forecast:
     def _sharing(self) -> Setting | None:
         """The base shared out among the processes of a machine."""
         fits = not self.sizes.opened and self.recipe.model.quantization == "none"
-        if neighbours() == 1 or self.recipe.processes.engine == SHARING or not fits:
+        if Group.launched().here == 1 or self.recipe.processes.engine == SHARING or not fits:
             return None
         return self._setting("processes", "engine", SHARING)
 

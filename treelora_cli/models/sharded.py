@@ -83,11 +83,16 @@ def check_base_is_left_alone(adapted: AdaptedModel) -> None:
     opened = [key for key in adapted.trainable() if key.startswith(WEIGHTS)]
     # What puts no adapter of PEFT's around the base works on the base itself.
     if opened or adapted.peft is adapted.backbone.model:
-        raise UsageError(
-            "processes.engine=fsdp2 shares out the base among the processes, and the method "
-            "trains weights of it" + (f" ({opened[0].removeprefix(WEIGHTS)})" if opened else ""),
-            "use processes.engine=ddp, or a method that trains an adapter alone",
-        )
+        raise trained_base()
+
+
+def trained_base() -> UsageError:
+    """Return what is said where a method trains the base that was to be shared out."""
+    return UsageError(
+        "processes.engine=fsdp2 shares out the base among the processes, and the method trains "
+        "weights of it",
+        "use processes.engine=ddp, or a method that trains an adapter alone",
+    )
 
 
 def _layers(model: Any) -> Iterator[tuple[str, torch.nn.Module]]:
