@@ -140,3 +140,25 @@ def test_scale_is_counted_from_published_sizes() -> None:
     assert step["zero1_8_mb"] == pytest.approx(2 * 4 * 4_194_304 / 8 / 1e6)
     # A ring sends each gradient nearly twice.
     assert step["reduce_8_ms"] == pytest.approx(1000 * 2 * 7 / 8 * 4 * 4_194_304 / 25e9)
+
+
+def test_curves_stand_beside_what_is_computed(treelora) -> None:
+    (row,) = run_quick(treelora, "curves")["curves"]["tables"]["curves"]["rows"]
+    assert row["kept_over_estimate"] == pytest.approx(1, abs=0.35)
+    assert row["signature_over_entries"] == 1
+    # A header of the file on a tiny adapter: 4 kilobytes of entries.
+    assert 1 < row["adapter_over_entries"] < 1.5
+    assert row["step_ms"] > 0
+    operations = row["gflops"] * row["step_ms"] * 1e6
+    layers = operations / 4 / (4 * 128)
+    assert layers == pytest.approx(row["parameters_m"] * 1e6 - 2 * 512 * 64, rel=1e-6)
+
+
+def test_a_base_that_is_shared_out_in_scale() -> None:
+    """Eight parts, of which seven come from elsewhere, twice a step, at 2 bytes an entry."""
+    from treelora_cli.bench.scale import SIZES, count, training
+
+    size = next(one for one in SIZES if one.name == "Llama-2-7B")
+    step = training(size, count(size))
+    assert step["part_gb"] == pytest.approx(2 * 6.738415616 / 8)
+    assert step["gather_s"] == pytest.approx(2 * 7 * 2 * 6_738_415_616 / 8 / 400e9)

@@ -129,7 +129,7 @@ def test_another_engine_goes_on(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("kind", ["t5", "tied", "gpt2", "gemma2", "mixtral"])
+@pytest.mark.parametrize("kind", ["t5", "tied", "gpt2", "gemma2", "mixtral", "bfloat16"])
 def test_other_architectures_are_shared_out(toy_data, tmp_path, kind) -> None:
     """Against DDP: GPT-2 and T5 drop out inside the base, differently in each process."""
     model = tmp_path / "model"
@@ -138,9 +138,11 @@ def test_other_architectures_are_shared_out(toy_data, tmp_path, kind) -> None:
     elif kind == "tied":
         make_checkpoint(model, "llama", tie_word_embeddings=True)
     else:
-        make_checkpoint(model, kind)
+        make_checkpoint(model, "llama" if kind == "bfloat16" else kind)
     one, two = tmp_path / "one", tmp_path / "two"
     more = ["--set", "eval.scoring=likelihood", "--set", "lora.targets=all-linear"]
+    if kind == "bfloat16":
+        more += ["--set", "model.dtype=bfloat16"]
     done = command(model, toy_data, one, *SHARDED[:2], *more)
     assert done.returncode == 0, done.stderr
     done = command(model, toy_data, two, *SHARDED, *more)

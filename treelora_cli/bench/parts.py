@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from treelora_cli.bench import ablation, data, evaluate, scale, startup, step, tasks, trees
+from treelora_cli.bench import ablation, curves, data, evaluate, scale, startup, step, tasks, trees
 from treelora_cli.bench.document import Document, Section
 from treelora_cli.bench.machine import machine
 from treelora_cli.bench.part import Part, Plan, Say
@@ -21,6 +21,7 @@ PARTS: dict[str, Part] = {
         evaluate.PART,
         trees.PART,
         startup.PART,
+        curves.PART,
         scale.PART,
         ablation.PART,
     )

@@ -21,7 +21,7 @@ SUFFIXES = {".txt": "text", ".md": "md", ".json": "json"}
 Parts = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[step|tasks|data|eval|tree|startup|scale|ablation|all]...",
+        metavar="[step|tasks|data|eval|tree|startup|curves|scale|ablation|all]...",
         help="What to measure; all but scale and ablation if nothing is named.",
         show_default=False,
     ),
@@ -120,7 +120,8 @@ def bench(
     memory with 1 to 10,000 earlier tasks. data: training over rows of real
     lengths beside one row a forward pass. eval: answers in batches beside one
     at a time. tree: cost of the gradient tree, and what its search gains.
-    startup: whole commands.
+    startup: whole commands. curves: step, memory and storage of models that grow,
+    beside the formulas that scale extends to 70B; scale itself times nothing.
 
     On one CPU core all of it takes some fifteen minutes; for steady numbers let
     nothing else run, and set OMP_NUM_THREADS to cores that are free.
