@@ -114,7 +114,7 @@ class LoraSection(Section):
     alpha: Annotated[float, Field(gt=0)] = 32
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     targets: Literal["auto", "all-linear"] | tuple[str, ...] = Field(
-        "auto", description="auto: PEFT's choice for the architecture (query and value)"
+        "auto", description="auto: PEFT's choice for the architecture, else query and value"
     )
 
 

@@ -136,13 +136,29 @@ def test_machines_with_other_commands_do_not_begin(tiny_model, toy_data, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@needs_deepspeed
 @pytest.mark.parametrize("count", ["1", "3"])
 def test_nproc_beside_a_launcher_must_fit(tiny_model, toy_data, tmp_path, count) -> None:
     """A launcher has started the processes already; ``--nproc`` then only says how many."""
     run = tmp_path / "run"
     own = arguments(tiny_model, toy_data, run, "--nproc", count)
+    port = ("--master_port", str(free_port()))
+    ((code, _, error),) = launch(
+        [*DEEPSPEED, "--num_gpus", "2", *port, "--module", "treelora_cli", *own]
+    )
+    assert code != 0
+    assert f"{count} processes were asked for, but the launcher started 2" in error
+    assert not run.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_torchrun_takes_nproc_for_its_own(tiny_model, toy_data, tmp_path) -> None:
+    """Wherever it stands, torchrun reads it as a beginning of two of its own options."""
+    run = tmp_path / "run"
+    own = arguments(tiny_model, toy_data, run, "--nproc", "2")
     start = ["--standalone", "--nproc-per-node", "2", "-m", "treelora_cli", *own]
     ((code, _, error),) = launch([*TORCHRUN, *start])
     assert code != 0
-    assert f"{count} processes were asked for, but the launcher started 2" in error
+    assert "ambiguous option: --nproc" in error
     assert not run.exists()

@@ -41,14 +41,8 @@ CAUSAL: dict[str, dict[str, Any]] = {
 }
 SIDED = ["t5", "mt5", "umt5"]
 EVERYWHERE = ["lora.targets=all-linear"]
-WITHOUT_TARGETS = {
-    "phi3": EVERYWHERE,
-    "umt5": EVERYWHERE,
-    "mixtral": ["lora.targets=[q_proj,v_proj]"],
-    "qwen3_moe": [*EVERYWHERE, "lora.dropout=0"],
-}
-"""PEFT has no targets of its own for these, or loses them where there are experts. All-linear takes
-the experts too, for which PEFT knows no dropout."""
+TARGETS = {"qwen3_moe": [*EVERYWHERE, "lora.dropout=0"]}
+"""All-linear takes the experts too, for which PEFT knows no dropout."""
 QUICK = {"gpt2", "mistral", "t5"}
 """Those of the default suite; llama is everywhere else."""
 TEMPLATE = (
@@ -128,7 +122,7 @@ def summed(model: Any, encoder: Encoder, prompt: str, label: str) -> float:
 def check_family(treelora, family: str, data: Path, place: Path, *, chat: bool) -> None:
     folder, run = checkpoint(place / "model", family, chat=chat), place / "run"
     settings = ["optim.lr=0.03", "optim.epochs=3", "eval.zero_shot=false", "eval.before=false"]
-    settings += WITHOUT_TARGETS.get(family, [])
+    settings += TARGETS.get(family, [])
     settings += ["data.format=chat"] if chat else []
     more = [part for pair in settings for part in ("--set", pair)]
     arguments = toy_arguments(folder, data, run, "alpha", "--method", "seqlora", *more)
@@ -180,13 +174,12 @@ def test_a_family_in_its_chat_template(
     check_family(treelora, family, toy_data, tmp_path, chat=True)
 
 
-@pytest.mark.parametrize("family", sorted(WITHOUT_TARGETS))
-def test_a_family_without_targets_of_its_own_says_so(
-    treelora, toy_data: Path, tmp_path: Path, family: str
-) -> None:
-    folder = checkpoint(tmp_path / "model", family)
-    for more in ([], ["--dry-run"]):
-        outcome = treelora(*toy_arguments(folder, toy_data, tmp_path / "run", "alpha", *more))
+def test_dropout_on_experts_is_explained(treelora, toy_data: Path, tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "model", "mixtral")
+    more = ["--set", "lora.targets=all-linear", "--set", "lora.dropout=0.1"]
+    for dry in ([], ["--dry-run"]):
+        run = tmp_path / "run"
+        outcome = treelora(*toy_arguments(folder, toy_data, run, "alpha", *more, *dry))
         assert outcome.code == 2, outcome
-        assert "lora.targets" in outcome.err and "all-linear" in outcome.err
-        assert not (tmp_path / "run").exists()
+        assert "lora.targets" in outcome.err and "lora.dropout=0" in outcome.err
+        assert not run.exists()

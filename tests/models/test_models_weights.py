@@ -188,6 +188,6 @@ def test_an_outline_counts_opened_weights(request: pytest.FixtureRequest, folder
 def test_names_are_the_bases_whatever_peft_wraps(tiny_model: Path) -> None:
     bare = AutoModelForCausalLM.from_pretrained(tiny_model)
     names = [name for name, _ in bare.named_parameters()]
-    from treelora_cli.models.adapted import lora_config
+    from treelora_cli.models.targets import lora_config
 
-    assert list(base_parameters(get_peft_model(bare, lora_config(ALL)))) == names
+    assert list(base_parameters(get_peft_model(bare, lora_config(ALL, bare)))) == names

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from treelora_cli.bench.document import Column, Row, Table
 from treelora_cli.bench.part import Part, Plan, Say
-from treelora_cli.models.adapted import SLOT, lora_config, saved_parameters
+from treelora_cli.models.adapted import SLOT, saved_parameters
+from treelora_cli.models.targets import lora_config
 from treelora_cli.recipe import LoraSection
 
 ABOUT = (
@@ -83,7 +84,7 @@ def count(size: Size) -> Counted:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         base = sum(parameter.numel() for parameter in model.parameters())
-        adapted = get_peft_model(model, lora_config(LORA), adapter_name=SLOT)
+        adapted = get_peft_model(model, lora_config(LORA, model), adapter_name=SLOT)
     entries = {key: p.numel() for key, p in saved_parameters(adapted, SLOT).items()}
     down = sum(n for key, n in entries.items() if ".lora_A." in key)
     return Counted(base, down, sum(entries.values()))

@@ -28,6 +28,7 @@ from treelora_cli.models.backbone import Backbone
 from treelora_cli.models.condition import Condition
 from treelora_cli.models.opened import base_parameters, check_opened
 from treelora_cli.models.snapshot import PART, WEIGHTS, Snapshot, concatenated, rank_of
+from treelora_cli.models.targets import explain_targets, lora_config
 from treelora_cli.recipe import LoraSection
 
 SLOT = "t000"
@@ -81,8 +82,7 @@ class AdaptedModel:
         self.backbone = backbone
         self.condition: Condition | None = None
         torch.manual_seed(seed)
-        seq2seq = bool(backbone.model.config.is_encoder_decoder)
-        config = lora_config(lora, "SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM")
+        config = lora_config(lora, backbone.model)
         with explain_targets():
             self.peft: Any = get_peft_model(backbone.model, config, adapter_name=SLOT)
         self.peft.eval()
@@ -371,40 +371,6 @@ class AdaptedModel:
         return tuple(sum(p.numel() for p in block.parameters(factors)) for block in self.blocks)
 
 
-def lora_config(lora: LoraSection, kind: str = "CAUSAL_LM") -> LoraConfig:
-    """Return PEFT's configuration of the adapter a recipe asks for.
-
-    Args:
-        lora: the recipe's ``lora`` section.
-        kind: PEFT's task type.
-    """
-    return LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=_targets(lora),
-        bias="none",
-        task_type=kind,
-    )
-
-
-@contextmanager
-def explain_targets() -> Iterator[None]:
-    """Turn PEFT's complaint about target modules into one a user can act on.
-
-    Raises:
-        UsageError: no module of the model matches the targets.
-    """
-    try:
-        yield
-    except ValueError as error:
-        raise UsageError(
-            f"lora.targets: {str(error).splitlines()[0]}",
-            "list module names of the model, such as lora.targets=[q_proj,v_proj], or use "
-            "lora.targets=all-linear; a mixture of experts takes that with lora.dropout=0 only",
-        ) from None
-
-
 def saved_parameters(peft_model: Any, slot: str) -> dict[str, torch.nn.Parameter]:
     """Return an adapter's parameters by the key PEFT saves them under: their name less the slot."""
     found = {}
@@ -436,12 +402,6 @@ def _fill(parameters: Mapping[str, torch.nn.Parameter], snapshot: Snapshot) -> N
     with torch.no_grad():
         for key, parameter in parameters.items():
             parameter.copy_(snapshot[key])
-
-
-def _targets(lora: LoraSection) -> str | list[str] | None:
-    if lora.targets == "auto":
-        return None
-    return lora.targets if isinstance(lora.targets, str) else list(lora.targets)
 
 
 def _blocks(peft_model: Any) -> list[Block]:

@@ -20,9 +20,10 @@ from peft.tuners.osf import OSFLayer
 from torch import Tensor
 
 from treelora_cli.errors import UsageError
-from treelora_cli.models.adapted import SLOT, AdaptedModel, explain_targets, lora_config
+from treelora_cli.models.adapted import SLOT, AdaptedModel
 from treelora_cli.models.backbone import Backbone
 from treelora_cli.models.snapshot import WEIGHTS, Snapshot, is_more
+from treelora_cli.models.targets import explain_targets, named_targets
 from treelora_cli.recipe import LoraSection
 
 _FACTORS = ("U_low", "S_low", "V_low")
@@ -50,8 +51,7 @@ class OsfModel(AdaptedModel):
         self.peft = backbone.model
         self.blocks = []
         self.scale = 1.0
-        targets = lora_config(lora).target_modules
-        self._targets = sorted(targets) if isinstance(targets, set) else targets
+        self._targets = named_targets(lora)
         self._names = self._adapted()
         self._live = {}
         self._more = {f"{WEIGHTS}{name}.weight": self._weight(name) for name in self._names}

@@ -14,8 +14,6 @@ from transformers import AutoConfig
 from treelora_cli.errors import DataError, TreeloraError
 from treelora_cli.models.adapted import (
     SLOT,
-    explain_targets,
-    lora_config,
     saved_parameters,
 )
 from treelora_cli.models.backbone import (
@@ -33,6 +31,7 @@ from treelora_cli.models.kind import auto_class, check_kind, check_reading
 from treelora_cli.models.opened import base_parameters, check_opened
 from treelora_cli.models.quantized import BYTES, Quantization, check_quantization
 from treelora_cli.models.snapshot import WEIGHTS, is_more
+from treelora_cli.models.targets import explain_targets, lora_config
 from treelora_cli.recipe import LoraSection, ModelSection
 
 
@@ -133,7 +132,7 @@ def outline(
     built, widths, stacked = model.config, linear_widths(model), expert_widths(model)
     linear = sum(read * given for read, given in widths.values())
     with torch.device("meta"), explain_targets():
-        adapted = get_peft_model(model, lora_config(lora), adapter_name=SLOT)
+        adapted = get_peft_model(model, lora_config(lora, model), adapter_name=SLOT)
     adapter = saved_parameters(adapted, SLOT)
     base = {WEIGHTS + name: p for name, p in base_parameters(adapted).items()}
     opened = [key for key in base if learns(key)]
