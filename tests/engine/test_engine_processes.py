@@ -123,7 +123,7 @@ def wait_for_rank(parent: int, rank: int, run: Path) -> int:
         pytest.param("treelora", engine("zero1"), engine("zero1"), marks=needs_deepspeed),
         pytest.param("treelora", engine("zero2"), engine("zero2", 3), marks=needs_deepspeed),
         pytest.param("treelora", [], engine("zero2"), marks=needs_deepspeed),
-        pytest.param("treelora", engine("zero2"), [], marks=needs_deepspeed),
+        pytest.param("treelora", engine("zero2"), engine("ddp", 1), marks=needs_deepspeed),
     ],
     ids=lambda some: some if isinstance(some, str) else " ".join(some) or "one process",
 )
@@ -159,7 +159,9 @@ def test_every_method_in_two_processes(treelora, tiny_model, toy_data, tmp_path,
 )
 def test_a_process_without_rows(treelora, tiny_model, toy_data, tmp_path, kind, name) -> None:
     """It adds no penalty of its own, sums with the others, and meets parameters in their order."""
-    small = ("--set", "optim.batch_size=2")
+    small = ["--set", "optim.batch_size=2"]
+    if name != "lwf":  # at 300 times the learning rate rounding grows too fast to compare
+        small += ["--set", "method.rate=10"]
     one = of_one(treelora, tiny_model, toy_data, tmp_path / "one", name, *small)
     three = of_several(tiny_model, toy_data, tmp_path / "three", name, *small, *engine(kind, 3))
     assert_same_tensors(one, three, ROUNDING.get(name, OTHERS))

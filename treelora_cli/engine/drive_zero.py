@@ -19,16 +19,19 @@ from treelora_cli.engine.world import World, noticing
 from treelora_cli.errors import EnvironmentProblem, RunDirError
 from treelora_cli.models.adapted import AdaptedModel
 from treelora_cli.models.encode import Batch
+from treelora_cli.models.forward import answer_logits
 from treelora_cli.recipe import OptimSection
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+BUCKET = 50_000_000
+"""The most entries of gradients that are reduced at a time."""
 
 
 def import_deepspeed() -> Any:
     """Import DeepSpeed, quietly and without its C++ build on a CPU.
 
     Raises:
-        EnvironmentProblem: it is not installed.
+        EnvironmentProblem: it is not installed, or too old.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -41,6 +44,12 @@ def import_deepspeed() -> Any:
             "processes.engine=zero1 and zero2 need the package deepspeed",
             "pip install 'treelora[deepspeed]', or use processes.engine=ddp",
         ) from None
+    if not hasattr(deepspeed.DeepSpeedEngine, "coalesce_grad_reduction"):
+        raise EnvironmentProblem(
+            f"deepspeed {deepspeed.__version__} is too old: 0.19.1 was the first to reduce the "
+            "gradients of several backward passes at once",
+            "pip install --upgrade deepspeed, or use processes.engine=ddp",
+        )
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if not torch.cuda.is_available():
         # The operator serves inference alone, and building it takes a compiler and minutes.
@@ -52,8 +61,12 @@ class ZeroDrive(Drive):
     """DeepSpeed's engine over the trainable parameters; what is frozen stays as it is.
 
     The weights of the adapter are kept in float32, so no loss scaling and no second copy is needed
-    whatever the base's dtype. Checkpoints hold what ``safe_get_full_optimizer_state`` gives;
-    DeepSpeed's own files are neither written nor read.
+    whatever the base's dtype. Gradients of a step's passes are added up here and reduced once, in
+    the parameters' order: ZeRO 2 alone would reduce each as its backward pass comes to it, and mix
+    up parameters where that order differs between processes (DeepSpeed#2343), as with a penalty
+    that a process without rows does not have, or experts that one process's rows do not ask.
+    Checkpoints hold what ``safe_get_full_optimizer_state`` gives; DeepSpeed's own files are neither
+    written nor read.
 
     Args:
         adapted: the model.
@@ -63,7 +76,7 @@ class ZeroDrive(Drive):
         stage: 1 or 2.
 
     Raises:
-        EnvironmentProblem: DeepSpeed is missing.
+        EnvironmentProblem: DeepSpeed is missing or too old.
     """
 
     def __init__(
@@ -77,15 +90,20 @@ class ZeroDrive(Drive):
     ) -> None:
         deepspeed = import_deepspeed()
         self.times = world.size
-        self._parameters = adapted.parameters()
+        self._adapted = adapted
         self._state = build_optimizer(adapted.trainable(), optim, rate)
         # In the order that numbers the optimizer's state, before DeepSpeed makes it flat.
         self._order = [p for group in self._state.param_groups for p in group["params"]]
+        self._gradients: list[Tensor] = []
         config = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
             "gradient_clipping": optim.grad_clip,
-            "zero_optimization": {"stage": stage},
+            "zero_optimization": {
+                "stage": stage,
+                # A buffer of this size is made in every step; unasked it is 2 GB.
+                "reduce_bucket_size": min(adapted.trainable_count(), BUCKET),
+            },
             "zero_allow_untested_optimizer": True,
         }
         with noticing():
@@ -93,32 +111,37 @@ class ZeroDrive(Drive):
             self._engine, *_ = deepspeed.initialize(
                 model=Forward(adapted), optimizer=self._state, config=config
             )
-        from deepspeed import utils
-
-        self._utils = utils
+        self._utils = deepspeed.utils
 
     def begin(self, lr: float) -> None:
         """Begin a step."""
         set_learning_rate(self._engine.optimizer, lr)
+        self._gradients = [torch.zeros_like(parameter) for parameter in self._order]
 
     def logits(self, batch: Batch, *, last: bool) -> Tensor:
         """Read a batch."""
-        self._engine.set_gradient_accumulation_boundary(last)
-        found: Tensor = self._engine(batch)
-        return found
+        return answer_logits(self._adapted, batch)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add a pass's gradient; each is reduced as it comes."""
-        nothing = torch.stack([parameter.sum() for parameter in self._parameters]).sum() * 0
-        with noticing():
-            self._engine.backward(loss + nothing)
+        """Add a pass's gradient; DeepSpeed sees it with the step."""
+        found = torch.autograd.grad(loss, self._order, materialize_grads=True)
+        for gradient, part in zip(self._gradients, found, strict=True):
+            gradient.add_(part)
 
     def step(self) -> Tensor:
-        """Clip and move."""
-        with noticing():
-            self._engine.step()
+        """Average over the processes, clip and move."""
+        self._move()
         norm = self._engine.get_global_grad_norm()
-        return torch.as_tensor(norm, dtype=torch.float32, device=self._parameters[0].device)
+        return torch.as_tensor(norm, dtype=torch.float32, device=self._adapted.device)
+
+    def _move(self) -> None:
+        """Give DeepSpeed the gradients, all of them on every process, and let it take a step."""
+        with noticing():
+            with self._engine.coalesce_grad_reduction():
+                for parameter, gradient in zip(self._order, self._gradients, strict=True):
+                    parameter.grad = gradient
+            self._engine.step()
+        self._gradients = []
 
     def written(self) -> None:
         """Put the model's weights into DeepSpeed's own copy, which its next step starts from."""
@@ -167,12 +190,8 @@ class ZeroDrive(Drive):
 
         It also puts its own copy of the weights into the model, which is older than a checkpoint's.
         """
-        set_learning_rate(self._engine.optimizer, 0.0)
-        self._engine.set_gradient_accumulation_boundary(True)
-        nothing = torch.stack([parameter.sum() for parameter in self._parameters]).sum() * 0
-        with noticing():
-            self._engine.backward(nothing)
-            self._engine.step()
+        self.begin(0.0)
+        self._move()
 
     def _steps(self) -> Tensor:
         states = list(self._state.state.values())
