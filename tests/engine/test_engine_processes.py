@@ -155,7 +155,8 @@ def test_every_method_in_two_processes(treelora, tiny_model, toy_data, tmp_path,
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", ["lwf", "l2p", "dualprompt"])
 @pytest.mark.parametrize(
-    "kind", ["ddp", *(pytest.param(kind, marks=needs_deepspeed) for kind in ("zero1", "zero2"))]
+    "kind",
+    ["ddp", "fsdp2", *(pytest.param(kind, marks=needs_deepspeed) for kind in ("zero1", "zero2"))],
 )
 def test_a_process_without_rows(treelora, tiny_model, toy_data, tmp_path, kind, name) -> None:
     """It adds no penalty of its own, sums with the others, and meets parameters in their order."""

@@ -235,32 +235,23 @@ class TaskTrainer:
                         penalties.append(penalty.detach() / self.drive.times)
                         loss = loss + penalty
             self.drive.backward(loss, last=last)
-        return step, self._total_penalty(penalties)
+        return step, self._total(penalties) if penalties else None
 
     def _of_pass(
         self, share: StepShare, number: int, logits: Tensor, loss: Tensor
     ) -> Tensor | None:
-        """Return a pass's penalty, counted with its share of the step's answer tokens."""
+        """Return a pass's penalty, counted with its share of the step's answer tokens.
+
+        One that counts nothing is asked for all the same, so that a method sees as many passes on
+        every process: what it draws from pass to pass stays alike.
+        """
         one = share.passes[number]
-        if not one.counts:
-            return None
         part = one.batch.answer_tokens / share.answer_tokens
         context = StepContext(
             self.step, loss / part, number, len(share.passes), batch=one.batch, logits=logits
         )
         penalty = self.method.penalty(context)
-        return None if penalty is None else penalty * part
-
-    def _total_penalty(self, penalties: list[Tensor]) -> Tensor | None:
-        """Return the sum over all processes; None where this one had no penalty.
-
-        With ``per_forward`` one without rows of its own has none and yet sums with the others.
-        The first process, which alone shows it, always has rows.
-        """
-        if not (penalties or self.method.per_forward):
-            return None
-        total = self._total(penalties or [torch.zeros((), device=self.adapted.device)])
-        return total if penalties else None
+        return None if penalty is None else penalty * part * one.counts
 
     def _total(self, values: list[Tensor]) -> Tensor:
         """Return the sum over this step's passes and over all processes."""
