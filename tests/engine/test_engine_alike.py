@@ -13,8 +13,8 @@ import pytest
 from support import ROOT, free_port, toy_arguments, toy_rows, write_task
 
 from treelora_cli.engine.alike import check_same_inputs, check_same_recipe
-from treelora_cli.engine.world import ALONE, World
-from treelora_cli.errors import UsageError
+from treelora_cli.engine.world import ALONE, World, noticing
+from treelora_cli.errors import EnvironmentProblem, UsageError
 from treelora_cli.models.backbone import load_backbone
 from treelora_cli.recipe import ModelSection, Recipe
 from treelora_cli.tasks.load import load_tasks
@@ -28,6 +28,15 @@ class Said(World):
 
     def gather(self, value: Any) -> list[Any]:
         return [value, *self.other]
+
+
+def test_what_torch_says_of_a_broken_group_is_one_sentence() -> None:
+    said = (
+        "[/t/gloo/pair.cc:591] Read error [127.0.0.1]:9: Connection reset by peer. Perhaps a bug."
+    )
+    with pytest.raises(EnvironmentProblem) as found, noticing():
+        raise RuntimeError(said)
+    assert found.value.message.endswith("(Read error [127.0.0.1]:9: Connection reset by peer)")
 
 
 def test_one_other_setting_is_named() -> None:

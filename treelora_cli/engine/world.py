@@ -122,8 +122,9 @@ def noticing() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise  # a RuntimeError too, but of this process alone
     except (RuntimeError, dist.DistError) as error:
-        # torch puts the place in its own sources first, in brackets.
+        # torch puts the place in its own sources first, in brackets; last what its authors guess.
         said = str(error).partition("\n")[0].rpartition("cc:")[2].partition("]")[2].strip()
+        said = said.partition(". ")[0]
         raise EnvironmentProblem(
             "another process of the group has ended or cannot be reached"
             + (f" ({said[:120]})" if said else ""),
