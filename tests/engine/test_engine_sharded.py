@@ -94,6 +94,8 @@ def test_every_method_on_a_shared_out_base(tiny_model, toy_data, tmp_path, name)
         ["--set", "eval.scoring=likelihood"],
         ["--set", "optim.micro_batch_size=1"],
         ["--set", "optim.carry=true"],
+        ["--set", "method.signature=query"],
+        ["--set", "method.signature=gradient"],
         ["--nproc", "3", "--set", "optim.batch_size=4"],
     ],
     ids=lambda more: more[-1],

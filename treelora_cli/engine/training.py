@@ -25,6 +25,7 @@ from treelora_cli.models.adapted import AdaptedModel
 from treelora_cli.models.forward import answer_loss_of
 from treelora_cli.models.probe import gradient_under
 from treelora_cli.models.readback import Readback
+from treelora_cli.models.snapshot import Snapshot
 from treelora_cli.recipe import OptimSection
 from treelora_cli.rundir import faults
 
@@ -203,14 +204,7 @@ class TaskTrainer:
             are those of all processes.
         """
         passes = share.passes
-        own = (
-            self.forwards.of(self.step)
-            if self.world.sharded
-            else [one.batch for one in passes if one.counts]
-        )
-        under = partial(
-            gradient_under, self.adapted, own, tokens=share.answer_tokens, spread=self.spread
-        )
+        under = partial(self._under, share)
         losses: list[Tensor] = []
         penalties: list[Tensor] = []
         for number, one in enumerate(passes):
@@ -236,6 +230,16 @@ class TaskTrainer:
                         loss = loss + penalty
             self.drive.backward(loss, last=last)
         return step, self._total(penalties) if penalties else None
+
+    def _under(self, share: StepShare, snapshot: Snapshot) -> list[Tensor]:
+        """Return the gradient of the step's rows at a snapshot's weights."""
+        # Where passes must be alike, every process reads all rows of the step.
+        own = (
+            self.forwards.of(self.step)
+            if self.world.sharded
+            else [one.batch for one in share.passes if one.counts]
+        )
+        return gradient_under(self.adapted, own, snapshot, share.answer_tokens, self.spread)
 
     def _of_pass(
         self, share: StepShare, number: int, logits: Tensor, loss: Tensor
