@@ -9,6 +9,8 @@ import sys
 import pytest
 from support import ROOT
 
+from treelora_cli.cli.launch import _first_failed
+
 SAYS_WHEN_TAKEN_DOWN = """
 import atexit, sys
 atexit.register(lambda: sys.stderr.write("taken down"))
@@ -36,3 +38,19 @@ def test_a_launched_process_is_not_taken_down_at_leisure(arguments, code) -> Non
     assert "taken down" not in launched.stderr
     assert launched.stdout == alone.stdout
     assert (alone.returncode, launched.returncode) == (code, code)
+
+
+@pytest.mark.parametrize(
+    ("codes", "cause"),
+    [
+        ([None, 0], None),
+        ([6, -9], 1),
+        ([None, -9], 1),
+        ([6, 5, 6], 1),
+        ([2, 2], 0),
+        ([6, 6], 0),
+        ([5, -9], 1),
+    ],
+)
+def test_the_cause_is_told_from_those_that_noticed(codes: list[int | None], cause: int) -> None:
+    assert _first_failed(codes) == cause

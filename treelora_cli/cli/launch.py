@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import IO, TYPE_CHECKING, Annotated, Any, NoReturn
@@ -149,15 +149,26 @@ def _watch(children: list[subprocess.Popen[bytes]]) -> int | None:
     while any(child.poll() is None for child in children):
         time.sleep(0.05)
         if failed is None:
-            failed = next((n for n, child in enumerate(children) if child.poll()), None)
+            failed = _first_failed([child.poll() for child in children])
             deadline = time.monotonic() + GRACE
         elif time.monotonic() > deadline:
             for child in children:
                 if child.poll() is None:
                     child.kill()
     if failed is None:
-        failed = next((n for n, child in enumerate(children) if child.returncode), None)
+        failed = _first_failed([child.returncode for child in children])
     return failed
+
+
+def _first_failed(codes: Sequence[int | None]) -> int | None:
+    """Return which of the processes seen to have failed at once was the cause; None for none.
+
+    The others end with a broken group soon after one is killed or finds a fault of its own.
+    """
+    failed = [at for at, code in enumerate(codes) if code]
+    broken = EnvironmentProblem.code
+    # One ended by a signal before one that says why, and that before one that only noticed.
+    return min(failed, key=lambda at: ((codes[at] or 0) > 0, codes[at] == broken), default=None)
 
 
 def _tell(at: int, code: int, said: IO[bytes] | None) -> None:
